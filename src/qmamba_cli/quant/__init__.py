@@ -1,0 +1,1 @@
+"""Grids, observers, weight quantizers and packing."""
