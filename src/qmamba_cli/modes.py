@@ -287,8 +287,7 @@ def mode_by_name(name: str) -> Mode:
 def mode_from_variables(environment: Mapping[str, str]) -> Mode | None:
     """The row that the environment variables select, or None where none of them says ``true``.
 
-    A variable counts when its lower-cased value is ``true``. The variables that count must be exactly those of
-    one row.
+    A variable counts when its lower-cased value is ``true``. They must be exactly those of one row.
 
     Raises:
         UsageError: the variables select no row or contradict each other; the message names them.

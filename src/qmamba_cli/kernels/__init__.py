@@ -1,0 +1,1 @@
+"""Operators of the Mamba block: one folder an operator, the reference beside the kernel."""

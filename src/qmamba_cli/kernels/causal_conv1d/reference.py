@@ -1,0 +1,123 @@
+"""Causal depthwise convolution + SiLU in torch: the definition that kernels are judged against."""
+
+from typing import NamedTuple
+
+import torch
+
+from qmamba_cli.errors import ShapeError
+from qmamba_cli.quant.grid import quantize
+
+
+class ConvState(NamedTuple):
+    """The last inputs of a call, which the next one continues from.
+
+    Attributes:
+        values: (b, d, w-1) of the input's dtype, oldest first.
+        scale: (b, w-1) float32, real units a step of each token, where the input has one scale a token; else None.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    x_scale: float | torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+    out_scale: float | None = None,
+    state: ConvState | None = None,
+) -> tuple[torch.Tensor, ConvState]:
+    """Depthwise causal convolution, then SiLU.
+
+        acc[b,c,t] = sum_k x[b, c, t-w+1+k] * weight[c, k]        (exact integers for int8 with one scale)
+        a[b,c,t]   = acc * (x_scale * weight_scale[c]) + bias[c]  (float32)
+        v[b,c,t]   = a * sigmoid(a)                               (float32)
+        out        = saturate(round_half_even(v * (1/out_scale))) (int8, where out_scale is given), else v itself
+
+    With one scale a token, ``acc = sum_k (x * x_scale[b, t]) * weight[c, k]`` in float32, oldest tap first.
+
+    >>> x = torch.tensor([[[10, -20, 30]]], dtype=torch.int8)
+    >>> taps = torch.tensor([[0, 0, 1, 2]], dtype=torch.int8)
+    >>> out, state = causal_conv1d(x, taps, None, x_scale=0.1, weight_scale=torch.tensor([1.0]), out_scale=0.01)
+    >>> out.tolist(), state.values.tolist()
+    ([[[127, -14, 127]]], [[[10, -20, 30]]])
+
+    Args:
+        x: (b, d, l) int8 with ``x_scale``, or float32 without; l >= 1. Any strides.
+        weight: (d, w) int8 with ``weight_scale``, or float32 without; 2 <= w <= 4, newest tap last.
+        bias: (d,) float32 in real units, or None.
+        x_scale: real units a step: one number, or (b, l) float32 with one a token.
+        weight_scale: (d,) float32, real units a step of each channel's taps.
+        out_scale: real units a step of an int8 output, or None for float32 v, unrounded and unclipped.
+        state: the state the call before returned, or None for zeros.
+
+    Returns:
+        out (b, d, l) int8 or float32, and the new state.
+
+    Raises:
+        ShapeError: a shape or dtype is not as above.
+
+    Source: Dao-AILab/causal-conv1d, ``causal_conv1d_ref`` (float); the int8 grids are ours, see docs/numerics.md.
+    """
+    b, d, l = _check(x, weight, x_scale, weight_scale, state)
+    history = weight.shape[1] - 1
+    per_token = x_scale if isinstance(x_scale, torch.Tensor) else None
+    if state is None:
+        ones = None if per_token is None else per_token.new_ones(b, history)
+        state = ConvState(x.new_zeros(b, d, history), ones)
+
+    # (b, history + l, d): channels contiguous, so that each tap is one vectorised multiply-add.
+    padded = torch.cat([state.values, x], dim=2).transpose(1, 2)
+    scales = None
+    real = padded.to(torch.float32)
+    if per_token is not None and state.scale is not None:
+        scales = torch.cat([state.scale, per_token], dim=1)
+        real = real * scales.unsqueeze(2)
+    taps = weight.to(torch.float32)
+    acc = real[:, :l] * taps[:, 0]
+    for k in range(1, weight.shape[1]):
+        acc.addcmul_(real[:, k : k + l], taps[:, k])
+    if weight_scale is not None:
+        acc.mul_(weight_scale if isinstance(x_scale, torch.Tensor) else weight_scale * float(x_scale or 0.0))
+    if bias is not None:
+        acc.add_(bias)
+    v = torch.nn.functional.silu(acc, inplace=True).transpose(1, 2)
+    out = v if out_scale is None else quantize(v, out_scale)
+    last = padded[:, l:].transpose(1, 2).contiguous()
+    return out, ConvState(last, None if scales is None else scales[:, l:].contiguous())
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: float | torch.Tensor | None,
+    weight_scale: torch.Tensor | None,
+    state: ConvState | None,
+) -> tuple[int, int, int]:
+    if x.dim() != 3 or x.shape[2] < 1:
+        raise ShapeError(f"causal_conv1d: `x` must be (b, d, l) with l >= 1, got {tuple(x.shape)}")
+    b, d, l = x.shape
+    if weight.dim() != 2 or weight.shape[0] != d or not 2 <= weight.shape[1] <= 4:
+        raise ShapeError(
+            f"causal_conv1d: `weight` must be ({d}, w) with 2 <= w <= 4, got {tuple(weight.shape)}"
+        )
+    if (x_scale is None) != (weight_scale is None):
+        raise ShapeError("causal_conv1d: `x_scale` and `weight_scale` are given both or neither")
+    wanted = torch.float32 if x_scale is None else torch.int8
+    if x.dtype != wanted or weight.dtype != wanted:
+        raise ShapeError(f"causal_conv1d: `x` is {x.dtype}, `weight` {weight.dtype}, expected both {wanted}")
+    if isinstance(x_scale, torch.Tensor) and x_scale.shape != (b, l):
+        raise ShapeError(f"causal_conv1d: `x_scale` must be ({b}, {l}), got {tuple(x_scale.shape)}")
+    if state is not None:
+        shape = (b, d, weight.shape[1] - 1)
+        if state.values.shape != shape or state.values.dtype != wanted:
+            raise ShapeError(
+                f"causal_conv1d: `state` must be {shape} {wanted}, "
+                f"got {tuple(state.values.shape)} {state.values.dtype}"
+            )
+        if isinstance(x_scale, torch.Tensor) != (state.scale is not None):
+            raise ShapeError("causal_conv1d: `state.scale` belongs to inputs with one scale a token")
+    return b, d, l

@@ -1,0 +1,1 @@
+"""Orthonormal Hadamard transform of the last axis, with optional quantization."""

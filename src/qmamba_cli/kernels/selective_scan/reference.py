@@ -1,0 +1,216 @@
+"""Selective scan in torch: the definition that kernels are judged against."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from qmamba_cli.errors import ShapeError
+from qmamba_cli.modes import ScanOrder
+from qmamba_cli.quant.grid import dequantize, fake_quantize, quantize
+
+# Steps of one chunk of the chunked order; the sequential order takes as many at a time to bound memory.
+# Calibration observes the state at the ends of these chunks.
+CHUNK = 64
+
+
+class ScanResult(NamedTuple):
+    """What a scan returns.
+
+    Attributes:
+        y: (b, l, d) float32, gated output; channels last, as the Hadamard transform and out_proj read it.
+        state: (b, d, n) state after the last token, int8 or float32.
+        chunk_states: (b, ceil(l / CHUNK), d, n) float32 states at chunk ends and after the last token, or None.
+    """
+
+    y: torch.Tensor
+    state: torch.Tensor
+    chunk_states: torch.Tensor | None
+
+
+def selective_scan(
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    z: torch.Tensor,
+    dt_bias: torch.Tensor,
+    *,
+    order: ScanOrder,
+    u_scale: float | None = None,
+    requantize_u: bool = False,
+    dt_scale: float | None = None,
+    b_scale: float | None = None,
+    c_scale: float | None = None,
+    z_scale: float | None = None,
+    state: torch.Tensor | None = None,
+    state_scale: float | None = None,
+    return_chunk_states: bool = False,
+) -> ScanResult:
+    """Selective state-space recurrence, softplus, skip and gate included; float32 inside.
+
+        delta_t = softplus(dt_t + dt_bias)                        (threshold 20)
+        h_t     = exp(delta_t * A) * h_{t-1} + (delta_t * u_t) * B_t
+        y_t     = sum_n C_t[n] * h_t[n] + D * u_t
+        out_t   = y_t * (z_t * sigmoid(z_t))
+
+    Sequential order runs t from left to right. Chunked order cuts t into chunks of ``CHUNK``: every chunk is run
+    from a zero state to get its end S and its decay P = exp(A * sum(delta)); the carries H = P * H + S are chained;
+    every chunk is run again from its true start. The two differ by float32 summation order only.
+
+    y is always computed from the unrounded new state; only the state that leaves the call is quantized.
+
+    >>> one = torch.ones(1, 1, 3)
+    >>> result = selective_scan(
+    ...     one, one * 0.5413, -torch.ones(1, 1), one, one, torch.zeros(1), one * 20, torch.zeros(1),
+    ...     order=ScanOrder.SEQUENTIAL)
+    >>> [round(value / 20, 4) for value in result.y.flatten().tolist()]
+    [1.0, 1.3679, 1.5032]
+
+    Args:
+        u: (b, d, l) int8 with ``u_scale``, or float32. Any strides, as for every argument.
+        dt: (b, d, l) before its bias, int8 with ``dt_scale``, or float32.
+        A: (d, n) float32, negative: ``-exp(A_log)``.
+        B: (b, n, l) int8 with ``b_scale``, or float32.
+        C: (b, n, l) int8 with ``c_scale``, or float32.
+        D: (d,) float32.
+        z: (b, d, l) int8 with ``z_scale``, or float32.
+        dt_bias: (d,) float32.
+        order: chunked or sequential.
+        u_scale: real units a step of an int8 u, or of the grid that a float u is requantized to.
+        requantize_u: put a float u on the int8 grid first; needs ``u_scale``.
+        dt_scale: real units a step of dt.
+        b_scale: real units a step of B.
+        c_scale: real units a step of C.
+        z_scale: real units a step of z.
+        state: (b, d, n) from the call before: int8 with ``state_scale``, or float32; None for zeros.
+        state_scale: real units a step of an int8 state, in and out; None keeps it float32.
+        return_chunk_states: also return the states at chunk ends.
+
+    Returns:
+        y, the new state and, if asked, the states at chunk ends.
+
+    Raises:
+        ShapeError: a shape or dtype is not as above.
+
+    Source: Gu and Dao, "Mamba" (2023), algorithm 2; state-spaces/mamba ``selective_scan_ref``. The chunked order
+        and the grids are ours, see docs/numerics.md.
+    """
+    b, d, l = _check(u, dt, A, B, C, z, state, state_scale)
+    u_real = _real("u", u, u_scale, requantize_u)
+    delta = torch.nn.functional.softplus(_time_major(_real("dt", dt, dt_scale)) + dt_bias)  # (l, b, d)
+    u_time = _time_major(u_real)
+    driven = delta * u_time
+    B_time, C_time = _time_major(_real("B", B, b_scale)), _time_major(_real("C", C, c_scale))  # (l, b, n)
+    h = _initial_state(state, state_scale, b, d, A)  # (n, b, d)
+
+    y = torch.empty(l, b, d, dtype=torch.float32, device=u.device)
+    ends = []
+    run = _run_chunked if order is ScanOrder.CHUNKED else _run_sequential
+    A_t = A.t().unsqueeze(1)  # (n, 1, d)
+    for start, stop in _pieces(l):
+        decay = torch.exp(delta[start:stop].unsqueeze(1) * A_t)  # (t, n, b, d)
+        increment = driven[start:stop].unsqueeze(1) * B_time[start:stop].transpose(1, 2).unsqueeze(3)
+        h = run(decay, increment, h, delta[start:stop], A_t)
+        states = increment
+        states *= C_time[start:stop].transpose(1, 2).unsqueeze(3)
+        torch.sum(states, dim=1, out=y[start:stop])
+        if return_chunk_states:
+            ends.append(h.permute(1, 2, 0))
+
+    y = y.addcmul_(u_time, D).mul_(torch.nn.functional.silu(_time_major(_real("z", z, z_scale))))
+    last = h.permute(1, 2, 0).contiguous()
+    return ScanResult(
+        y=y.transpose(0, 1),
+        state=last if state_scale is None else quantize(last, state_scale),
+        chunk_states=torch.stack(ends, dim=1) if return_chunk_states else None,
+    )
+
+
+def _run_sequential(
+    decay: torch.Tensor, increment: torch.Tensor, h: torch.Tensor, _delta: torch.Tensor, _A: torch.Tensor
+) -> torch.Tensor:
+    """Left to right; ``increment`` is overwritten by the states. Returns the last one."""
+    for decay_t, state_t in zip(decay, increment, strict=True):
+        h = torch.addcmul(state_t, decay_t, h, out=state_t)
+    return h.clone()
+
+
+def _run_chunked(
+    decay: torch.Tensor, increment: torch.Tensor, h: torch.Tensor, delta: torch.Tensor, A: torch.Tensor
+) -> torch.Tensor:
+    """One chunk of the chunked order; ``increment`` is overwritten by the states. Returns the carry."""
+    local = increment[0].clone()
+    for decay_t, increment_t in zip(decay[1:], increment[1:], strict=True):
+        local.mul_(decay_t).add_(increment_t)
+    carry = torch.addcmul(local, torch.exp(delta.sum(dim=0) * A), h)
+    _run_sequential(decay, increment, h, delta, A)
+    return carry
+
+
+def _pieces(length: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, length, CHUNK):
+        yield start, min(start + CHUNK, length)
+
+
+def _time_major(x: torch.Tensor) -> torch.Tensor:
+    """(b, c, l) to (l, b, c)."""
+    return x.permute(2, 0, 1)
+
+
+def _real(name: str, x: torch.Tensor, scale: float | None, requantize: bool = False) -> torch.Tensor:
+    if x.dtype == torch.int8:
+        if scale is None:
+            raise ShapeError(f"selective_scan: `{name}` is int8 and needs `{name.lower()}_scale`")
+        return dequantize(x, scale)
+    if x.dtype != torch.float32:
+        raise ShapeError(f"selective_scan: `{name}` is {x.dtype}, expected int8 or float32")
+    if not requantize:
+        return x
+    if scale is None:
+        raise ShapeError(f"selective_scan: requantizing `{name}` needs `{name.lower()}_scale`")
+    return fake_quantize(x, scale)
+
+
+def _initial_state(
+    state: torch.Tensor | None, state_scale: float | None, b: int, d: int, A: torch.Tensor
+) -> torch.Tensor:
+    if state is None:
+        return A.new_zeros(A.shape[1], b, d)
+    real = state if state_scale is None else dequantize(state, state_scale)
+    return real.permute(2, 0, 1).contiguous()
+
+
+def _check(
+    u: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    z: torch.Tensor,
+    state: torch.Tensor | None,
+    state_scale: float | None,
+) -> tuple[int, int, int]:
+    if u.dim() != 3 or u.shape[2] < 1:
+        raise ShapeError(f"selective_scan: `u` must be (b, d, l) with l >= 1, got {tuple(u.shape)}")
+    b, d, l = u.shape
+    n = A.shape[-1]
+    wanted = {
+        "dt": (dt, (b, d, l)),
+        "z": (z, (b, d, l)),
+        "A": (A, (d, n)),
+        "B": (B, (b, n, l)),
+        "C": (C, (b, n, l)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape:
+            raise ShapeError(f"selective_scan: `{name}` must be {shape}, got {tuple(tensor.shape)}")
+    if state is not None:
+        dtype = torch.float32 if state_scale is None else torch.int8
+        if state.shape != (b, d, n) or state.dtype != dtype:
+            raise ShapeError(
+                f"selective_scan: `state` must be {(b, d, n)} {dtype}, got {tuple(state.shape)} {state.dtype}"
+            )
+    return b, d, l

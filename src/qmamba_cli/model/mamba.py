@@ -1,0 +1,95 @@
+"""The language model: embedding, blocks, final norm, head; prefill and one-token steps."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+
+from qmamba_cli import sites
+from qmamba_cli.errors import UsageError
+from qmamba_cli.kernels.backend import Backend
+from qmamba_cli.model.block import BlockState, block_forward
+from qmamba_cli.model.weights import ModelWeights
+from qmamba_cli.modes import Mode, Precision
+
+# One entry a layer.
+ModelState: TypeAlias = Sequence[BlockState]
+# Called as hook(key, tensor) with a key of `sites.site_key`.
+ModelHook: TypeAlias = Callable[[str, torch.Tensor], None]
+
+
+class Mamba:
+    """A Mamba language model in one numeric mode on one backend.
+
+    Args:
+        weights: float or quantized weights.
+        mode: the row that says which grid each tensor lies on.
+        backend: the operators.
+
+    Raises:
+        UsageError: the mode needs quantized weights and these are float, or the other way round.
+    """
+
+    def __init__(self, weights: ModelWeights, mode: Mode, backend: Backend) -> None:
+        quantized = weights.blocks[0].in_proj.scale is not None
+        if quantized != (mode.precision is Precision.INT8):
+            have = "quantized" if quantized else "float"
+            raise UsageError(f"mode {mode.name} has precision={mode.precision}, got {have} weights")
+        self.weights = weights
+        self.mode = mode
+        self.backend = backend
+        self.config = weights.config
+        self.vocab_size = weights.config.vocab_size
+
+    @torch.inference_mode()
+    def forward(
+        self, ids: torch.Tensor, state: ModelState | None = None, *, hook: ModelHook | None = None
+    ) -> tuple[torch.Tensor, ModelState]:
+        """Run tokens through every block and the final norm.
+
+        A prompt and a single token take the same path; decoding is a call with l = 1 and the state of the call
+        before.
+
+        Args:
+            ids: (b, l) int64, l >= 1.
+            state: from the call before, or None at the start of a sequence.
+            hook: sees every observed tensor under its site key.
+
+        Returns:
+            hidden (b, l, d_model) float32, what lm_head reads, and the new state.
+        """
+        residual = self.weights.embedding[ids]
+        new_state = []
+        for layer, weights in enumerate(self.weights.blocks):
+            options = {} if hook is None else {"hook": _layer_hook(hook, layer)}
+            residual, block_state = block_forward(
+                weights,
+                self.mode,
+                self.backend,
+                residual,
+                None if state is None else state[layer],
+                norm_eps=self.config.norm_eps,
+                **options,
+            )
+            new_state.append(block_state)
+        hidden = self.backend.rms_norm(residual, self.weights.norm_f, eps=self.config.norm_eps)
+        if hook is not None:
+            hook(sites.site_key(sites.LM_HEAD_INPUT, None), hidden)
+        return hidden, new_state
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states of whole sequences: (b, l) int64 to (b, l, d_model) float32."""
+        return self.forward(ids)[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Vocabulary logits: (..., d_model) float32 to (..., vocab_size) float32."""
+        head = self.weights.lm_head
+        return self.backend.linear(hidden, head.weight, head.bias)
+
+
+def _layer_hook(hook: ModelHook, layer: int) -> Callable[[str, torch.Tensor], None]:
+    def observe(site: str, tensor: torch.Tensor) -> None:
+        hook(sites.site_key(site, layer), tensor)
+
+    return observe

@@ -1,0 +1,104 @@
+"""Weights as the block reads them, float or quantized."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qmamba_cli import sites
+from qmamba_cli.config import MambaConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeights:
+    """One projection.
+
+    Attributes:
+        weight: (m, k) float32, or int8 with ``scale`` (a W4 weight is expanded: code times group multiplier).
+        scale: (m,) float32, real units a step of each row, or None.
+        bias: (m,) float32, or None.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteScales:
+    """Activation scales of one layer, real units a step; all None in the float model."""
+
+    in_proj_input: float | None = None
+    in_proj_output: float | None = None
+    x_proj_input: float | None = None
+    x_proj_output: float | None = None
+    dt_proj_output: float | None = None
+    ssm_state: float | None = None
+    out_proj_input: float | None = None
+
+    @classmethod
+    def from_sites(cls, scales: Mapping[str, float], layer: int) -> "SiteScales":
+        """Scales of one layer out of a calibration's, keyed by `sites.site_key`."""
+        return cls(
+            in_proj_input=scales[sites.site_key(sites.IN_PROJ_INPUT, layer)],
+            in_proj_output=scales[sites.site_key(sites.IN_PROJ_OUTPUT, layer)],
+            x_proj_input=scales[sites.site_key(sites.X_PROJ_INPUT, layer)],
+            x_proj_output=scales[sites.site_key(sites.X_PROJ_OUTPUT, layer)],
+            dt_proj_output=scales[sites.site_key(sites.DT_PROJ_OUTPUT, layer)],
+            ssm_state=scales[sites.site_key(sites.SSM_STATE, layer)],
+            out_proj_input=scales[sites.site_key(sites.OUT_PROJ_INPUT, layer)],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockWeights:
+    """One Mamba block.
+
+    Attributes:
+        norm: (d_model,) float32 RMSNorm weight, or None where in_proj has absorbed it.
+        in_proj: (2d, d_model); the x half first, then z.
+        conv_weight: (d, w) float32, or int8 with ``conv_scale`` (d,); newest tap last.
+        conv_scale: (d,) float32, or None.
+        conv_bias: (d,) float32, or None.
+        x_proj: (r + 2n, d).
+        dt_proj: (d, r), without its bias.
+        dt_bias: (d,) float32, added in the scan before softplus.
+        A: (d, n) float32, ``-exp(A_log)``.
+        D: (d,) float32.
+        out_proj: (d_model, d).
+        rotated: whether in_proj and out_proj expect and emit the Hadamard basis.
+        scales: activation scales, or all None.
+    """
+
+    norm: torch.Tensor | None
+    in_proj: LinearWeights
+    conv_weight: torch.Tensor
+    conv_scale: torch.Tensor | None
+    conv_bias: torch.Tensor | None
+    x_proj: LinearWeights
+    dt_proj: LinearWeights
+    dt_bias: torch.Tensor
+    A: torch.Tensor
+    D: torch.Tensor
+    out_proj: LinearWeights
+    rotated: bool
+    scales: SiteScales
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelWeights:
+    """A whole model.
+
+    Attributes:
+        config: sizes.
+        embedding: (vocab_size, d_model) float32.
+        blocks: one entry a layer.
+        norm_f: (d_model,) float32, or None where lm_head has absorbed it.
+        lm_head: (vocab_size, d_model) float32.
+    """
+
+    config: MambaConfig
+    embedding: torch.Tensor
+    blocks: tuple[BlockWeights, ...]
+    norm_f: torch.Tensor | None
+    lm_head: LinearWeights
