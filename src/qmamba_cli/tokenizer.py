@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer
 
 from qmamba_cli.errors import CheckpointError, DatasetError
@@ -19,11 +20,11 @@ TOKENIZER_FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIAL_TOKENS_FILE)
 
 # transformers writes int(1e30) where a tokenizer has no limit of its own.
 _NO_LIMIT = 10**18
-# Tokens that a class supplies in transformers when its configuration names none.
-_CLASS_TOKENS: Mapping[str, str] = {
-    "GPTNeoXTokenizer": "<|endoftext|>",
-    "GPTNeoXTokenizerFast": "<|endoftext|>",
-}
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What the class of the published Mamba tokenizers supplies in transformers where the files name nothing.
+_NEOX_CLASSES = ("GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
+_NEOX_TOKENS: Mapping[str, object] = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+_ADDED_TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word", "normalized")
 _REPLACEMENT = "\ufffd"
 _HINT = "use a model folder saved by transformers with a fast tokenizer (`tokenizer.json`)"
 
@@ -77,22 +78,16 @@ class Tokenizer:
                 f"tokenizer: `{TOKENIZER_FILE}` cannot be read, got {_first_line(error)}", hint=_HINT
             ) from None
         config = _read_object(files, CONFIG_FILE)
-        special = _read_object(files, SPECIAL_TOKENS_FILE)
-        fallback = _CLASS_TOKENS.get(str(config.get("tokenizer_class")))
-
-        # In transformers special_tokens_map.json, the older file, has the last word, unless the configuration
-        # lists its added tokens itself.
-        sources = (config, special) if "added_tokens_decoder" in config else (special, config)
-
-        def special_id(name: str) -> int | None:
-            text = next(filter(None, (_token_text(source.get(name)) for source in sources)), fallback)
-            return None if text is None else backend.token_to_id(text)
-
+        named = _special_tokens(config, _read_object(files, SPECIAL_TOKENS_FILE))
+        # As in transformers, a token that is named special is found in any text, whatever the merges say.
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_special_tokens([token for token in named.values() if token.content not in known])
+        ids = {name: backend.token_to_id(token.content) for name, token in named.items()}
         limit = config.get("model_max_length")
         return cls(
             backend,
-            bos_id=special_id("bos_token"),
-            eos_id=special_id("eos_token"),
+            bos_id=ids.get("bos_token"),
+            eos_id=ids.get("eos_token"),
             model_max_length=int(limit) if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT else None,
         )
 
@@ -131,8 +126,10 @@ class Tokenizer:
             DatasetError: a text is no Unicode text.
         """
         for number, text in enumerate(texts):
-            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise DatasetError(f"text {number}: got a lone surrogate, expected Unicode text")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise DatasetError(f"text {number}: got a lone surrogate, expected Unicode text") from None
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=special_tokens)
         return [list(encoding.ids) for encoding in encodings]
 
@@ -213,11 +210,29 @@ def _read_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return value
 
 
-def _token_text(value: object) -> str | None:
-    """A special token written as a string or as an object with ``content``."""
+def _special_tokens(config: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, AddedToken]:
+    """The special tokens by role, from both files as transformers weighs them."""
+    defaults = _NEOX_TOKENS if config.get("tokenizer_class") in _NEOX_CLASSES else {}
+    # special_tokens_map.json is the older file and has the last word, unless the configuration lists its
+    # added tokens itself.
+    sources = (defaults, config) if "added_tokens_decoder" in config else (defaults, config, special)
+    tokens = {}
+    for role in _SPECIAL_TOKENS:
+        token = None
+        for source in sources:
+            token = _special_token(source[role]) if role in source else token
+        if token is not None:
+            tokens[role] = token
+    return tokens
+
+
+def _special_token(value: object) -> AddedToken | None:
+    """A special token written as a string or as an object with ``content``; None for anything else."""
+    options: dict[str, bool] = {}
     if isinstance(value, dict):
+        options = {name: bool(value[name]) for name in _ADDED_TOKEN_OPTIONS if name in value}
         value = value.get("content")
-    return value if isinstance(value, str) else None
+    return AddedToken(value, special=True, **options) if isinstance(value, str) and value else None
 
 
 def _first_line(error: Exception) -> str:

@@ -221,3 +221,50 @@ def _read_table(module: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tenso
     if f"{module}.weight" in tensors:
         return tensors[f"{module}.weight"]
     return tensors[f"{module}.qweight"].to(torch.float32) * tensors[f"{module}.scale"].unsqueeze(1)
+
+
+def planned_tensors(config: MambaConfig, recipe: Recipe, log_dtype: torch.dtype) -> dict[str, int]:
+    """Name and size in bytes of what `quantized_tensors` would give, without reading a weight.
+
+    Args:
+        config: sizes.
+        recipe: formats.
+        log_dtype: dtype of the checkpoint's A_log.
+    """
+    sizes: dict[str, int] = {}
+
+    def rows(module: str, m: int, k: int) -> None:
+        sizes[f"{module}.qweight"] = m * k
+        sizes[f"{module}.scale"] = 4 * m
+
+    def table(module: str) -> None:
+        if recipe.table_bits(module) == 8:
+            rows(module, config.vocab_size, config.d_model)
+        else:
+            sizes[f"{module}.weight"] = 2 * config.vocab_size * config.d_model
+
+    d = config.d_inner
+    table("embeddings")
+    for layer in range(config.n_layer):
+        prefix = f"layers.{layer}"
+        for name, m, k in (("in_proj", 2 * d, config.d_model), ("out_proj", config.d_model, d)):
+            module = f"{prefix}.{name}"
+            rows(module, m, k)
+            if recipe.projection_bits(module) == 4:
+                groups = -(-k // recipe.group_size)
+                sizes[f"{module}.qweight"] = m * -(-k // 2)
+                sizes[f"{module}.multiplier"] = m * -(-groups // 2)
+            if config.proj_bias:
+                sizes[f"{module}.bias"] = 4 * m
+        rows(f"{prefix}.x_proj", config.dt_rank + 2 * config.d_state, d)
+        rows(f"{prefix}.dt_proj", d, config.dt_rank)
+        sizes[f"{prefix}.dt_proj.bias"] = 4 * d
+        rows(f"{prefix}.conv1d", d, config.d_conv)
+        if config.conv_bias:
+            sizes[f"{prefix}.conv1d.bias"] = 4 * d
+        sizes[f"{prefix}.A_log"] = (2 if log_dtype in HALF_DTYPES else 4) * d * config.d_state
+        sizes[f"{prefix}.D"] = 4 * d
+    sizes["norm_f.weight"] = 4 * config.d_model
+    if not config.tie_embeddings:
+        table("lm_head")
+    return sizes

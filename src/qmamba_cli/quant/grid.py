@@ -1,7 +1,7 @@
 """The symmetric int8 grid: one rounding rule and one saturation rule for both languages.
 
 A real value is ``scale * q``. Quantizing multiplies by the float32 reciprocal of the scale, rounds half to
-even and saturates to [-128, 127]. The reciprocal is formed once, in float32, by `reciprocal`; CUDA receives the
+even and saturates to [-128, 127]. The reciprocal is formed once, in float32, by `reciprocal`; CUDA gets the
 same float32 number, so both backends place the boundaries between steps at the same reals.
 """
 

@@ -67,7 +67,8 @@ def int8_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     Returns:
         (m, rows) int32. Exact while k < 2^17.
     """
-    if _int_mm_is_exact():
+    # torch 2.13 on the CPU returns uninitialized memory for k = 1 and a transposed weight.
+    if x.shape[1] > 1 and _int_mm_is_exact():
         return torch._int_mm(x.contiguous(), weight.t())
     acc = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32)
     for start in range(0, x.shape[1], _EXACT_FLOAT_K):

@@ -12,6 +12,9 @@ from qmamba_cli.quant.grid import dequantize, fake_quantize, quantize
 # Steps of one chunk of the chunked order; the sequential order takes as many at a time to bound memory.
 # Calibration observes the state at the ends of these chunks.
 CHUNK = 64
+# Elements of one step of the recurrence. Torch hands larger operations to its thread pool, which costs more than a
+# step's arithmetic, and very much more where the cores are busy; this size also stays in a core's cache.
+_STEP_ELEMENTS = 32767
 
 
 class ScanResult(NamedTuple):
@@ -107,25 +110,26 @@ def selective_scan(
     h = _initial_state(state, state_scale, b, d, A)  # (n, b, d)
 
     y = torch.empty(l, b, d, dtype=torch.float32, device=u.device)
-    ends = []
     run = _run_chunked if order is ScanOrder.CHUNKED else _run_sequential
-    A_t = A.t().unsqueeze(1)  # (n, 1, d)
-    for start, stop in _pieces(l):
-        decay = torch.exp(delta[start:stop].unsqueeze(1) * A_t)  # (t, n, b, d)
-        increment = driven[start:stop].unsqueeze(1) * B_time[start:stop].transpose(1, 2).unsqueeze(3)
-        h = run(decay, increment, h, delta[start:stop], A_t)
-        states = increment
-        states *= C_time[start:stop].transpose(1, 2).unsqueeze(3)
-        torch.sum(states, dim=1, out=y[start:stop])
-        if return_chunk_states:
-            ends.append(h.permute(1, 2, 0))
+    ends = torch.empty(-(-l // CHUNK), *h.shape, device=u.device) if return_chunk_states else None
+    for channels in _channel_blocks(h.shape):
+        A_t = A[channels].t().unsqueeze(1)  # (n, 1, channels)
+        for index, (start, stop) in enumerate(_pieces(l)):
+            delta_piece = delta[start:stop, :, channels]
+            decay = torch.exp(delta_piece.unsqueeze(1) * A_t)  # (t, n, b, channels)
+            B_piece, C_piece = B_time[start:stop].transpose(1, 2), C_time[start:stop].transpose(1, 2)
+            states = driven[start:stop, :, channels].unsqueeze(1) * B_piece.unsqueeze(3)
+            h[:, :, channels] = run(decay, states, h[:, :, channels], delta_piece, A_t)
+            y[start:stop, :, channels] = states.mul_(C_piece.unsqueeze(3)).sum(dim=1)
+            if ends is not None:
+                ends[index, :, :, channels] = h[:, :, channels]
 
     y = y.addcmul_(u_time, D).mul_(torch.nn.functional.silu(_time_major(_real("z", z, z_scale))))
     last = h.permute(1, 2, 0).contiguous()
     return ScanResult(
         y=y.transpose(0, 1),
         state=last if state_scale is None else quantize(last, state_scale),
-        chunk_states=torch.stack(ends, dim=1) if return_chunk_states else None,
+        chunk_states=None if ends is None else ends.permute(2, 0, 3, 1),
     )
 
 
@@ -135,7 +139,7 @@ def _run_sequential(
     """Left to right; ``increment`` is overwritten by the states. Returns the last one."""
     for decay_t, state_t in zip(decay, increment, strict=True):
         h = torch.addcmul(state_t, decay_t, h, out=state_t)
-    return h.clone()
+    return h
 
 
 def _run_chunked(
@@ -145,9 +149,17 @@ def _run_chunked(
     local = increment[0].clone()
     for decay_t, increment_t in zip(decay[1:], increment[1:], strict=True):
         local.mul_(decay_t).add_(increment_t)
-    carry = torch.addcmul(local, torch.exp(delta.sum(dim=0) * A), h)
     _run_sequential(decay, increment, h, delta, A)
-    return carry
+    return local.addcmul_(torch.exp(delta.sum(dim=0) * A), h)
+
+
+def _channel_blocks(shape: torch.Size) -> Iterator[slice]:
+    """Equal slices of the channels of an (n, b, d) state, each small enough for `_STEP_ELEMENTS`."""
+    n, b, d = shape
+    blocks = -(-n * b * d // _STEP_ELEMENTS)
+    width = max(1, -(-d // blocks))
+    for start in range(0, d, width):
+        yield slice(start, min(start + width, d))
 
 
 def _pieces(length: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,1 @@
+"""The stages: functions from artifacts on disk to an artifact on disk."""
