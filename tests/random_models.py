@@ -9,6 +9,18 @@ from qmamba_cli.config import MambaConfig
 
 # Step sizes that training starts from: log-uniform in this range.
 DT_MIN, DT_MAX = 1e-3, 1e-1
+# The bundled demo model's config.json in our terms.
+DEMO = MambaConfig(
+    d_model=256,
+    n_layer=6,
+    vocab_size=8192,
+    d_state=16,
+    d_conv=4,
+    d_inner=512,
+    dt_rank=16,
+    bos_token_id=0,
+    eos_token_id=0,
+)
 
 
 def small_config(**changes: Any) -> MambaConfig:
@@ -24,6 +36,11 @@ def small_config(**changes: Any) -> MambaConfig:
         "dt_rank": -(-d_model // 16),
     }
     return MambaConfig(**{**sizes, **changes})
+
+
+def random_ids(vocab_size: int, *shape: int, seed: int) -> torch.Tensor:
+    """Token ids, int64, of the given shape."""
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_checkpoint(config: MambaConfig, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -74,13 +91,14 @@ def transformers_model(config: MambaConfig, tensors: dict[str, torch.Tensor]) ->
         vocab_size=config.vocab_size,
         state_size=config.d_state,
         conv_kernel=config.d_conv,
-        expand=config.d_inner / config.d_model,
         time_step_rank=config.dt_rank,
         layer_norm_epsilon=config.norm_eps,
         use_bias=config.proj_bias,
         use_conv_bias=config.conv_bias,
         tie_word_embeddings=config.tie_embeddings,
     )
+    # Not by `expand`, which is a whole number there.
+    settings.intermediate_size = config.d_inner
     model = MambaForCausalLM(settings)
     state = dict(tensors)
     if config.tie_embeddings:

@@ -73,7 +73,9 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         q (b, d, l) int8 and scale (b, l) float32, real units a step.
     """
-    scale = x.abs().amax(dim=1).clamp_min(MIN_TOKEN_ABSMAX) / QMAX  # (b, l)
+    absmax = x.abs().amax(dim=1).clamp_min(MIN_TOKEN_ABSMAX)  # (b, l)
+    # Divided by a tensor: by a number, CUDA would multiply by the reciprocal and round differently.
+    scale = absmax / torch.full_like(absmax, QMAX)
     return _round_saturate(x * scale.reciprocal().unsqueeze(1)), scale
 
 

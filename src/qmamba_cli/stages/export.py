@@ -27,18 +27,7 @@ from qmamba_cli.quant.observers import ObserverSet, Reduction
 from qmamba_cli.sites import SITES, site_key
 from qmamba_cli.stages.calibrate import site_records
 from qmamba_cli.stages.common import model_record
-
-_PARTS = (
-    ("embeddings", ("embeddings.", "lm_head.")),
-    ("in_proj", (".in_proj.",)),
-    ("out_proj", (".out_proj.",)),
-    ("x_proj", (".x_proj.",)),
-    ("dt_proj", (".dt_proj.",)),
-    ("conv1d", (".conv1d.",)),
-    ("ssm (A_log, D)", (".A_log", ".D")),
-    ("norm_f", ("norm_f.",)),
-    ("activation scales", ("scales.",)),
-)
+from qmamba_cli.stages.parts import Part, bits_per_weight, parts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,26 +55,6 @@ class ExportOptions:
     tokenizer: str | None = None
     force: bool = False
     offline: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One line of the size table.
-
-    Attributes:
-        name: what the tensors belong to.
-        bytes: size in the file.
-        parameters: parameters of the float model they stand for; 0 where they stand for none.
-    """
-
-    name: str
-    bytes: int
-    parameters: int
-
-    @property
-    def bits_per_weight(self) -> float | None:
-        """Stored bits a parameter, scales included."""
-        return 8 * self.bytes / self.parameters if self.parameters else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +102,8 @@ def export(options: ExportOptions, *, progress: Progress = silent, dry_run: bool
     checkpoint = _matching_checkpoint(options, calibration, calibration_path)
     files = checkpoint.tokenizer_files
     if dry_run:
-        planned = planned_tensors(checkpoint.config, options.recipe, _table_dtype(checkpoint))
-        sizes = {name: size for name, size in planned.items()}
+        sizes = planned_tensors(checkpoint.config, options.recipe, _log_dtype(checkpoint))
+        sizes |= {name: row.nbytes for name, row in scale_tensors(scales, checkpoint.config.n_layer).items()}
         sizes |= {f"files/{name}": len(data) for name, data in files.items()}
         return _report(options.out, "", sum(sizes.values()), sizes, checkpoint.config)
 
@@ -190,7 +159,7 @@ def _matching_checkpoint(
             raise ArtifactError(
                 f"calibration `{calibration_path}` was made for another checkpoint: the {what} of `{source}` "
                 "differ from those it names",
-                hint=f"calibrate this one (`qmamba calibrate {source} --force`) or name the other (`--model`)",
+                hint=f"calibrate this one (`qmamba calibrate {source} --force`), or name the other",
             )
     return checkpoint
 
@@ -229,43 +198,14 @@ def _manifest(
 def _report(
     path: Path, digest: str, size: int, sizes: Mapping[str, int], config: MambaConfig
 ) -> ExportReport:
-    parameters = _parameters(config)
-    parts = [
-        Part(name=name, bytes=_sum(sizes, patterns), parameters=parameters.get(name, 0))
-        for name, patterns in _PARTS
-    ]
-    parts.append(Part(name="tokenizer files", bytes=_sum(sizes, ("files/",)), parameters=0))
-    weights = sum(part.bytes for part in parts if part.parameters)
     return ExportReport(
         path=path,
         digest=digest,
         bytes=size,
-        bits_per_weight=8 * weights / sum(parameters.values()),
-        parts=tuple(sorted(parts, key=lambda part: -part.bytes)),
+        bits_per_weight=bits_per_weight(sizes, config),
+        parts=parts_of(sizes, config),
     )
 
 
-def _sum(sizes: Mapping[str, int], patterns: tuple[str, ...]) -> int:
-    """Bytes of the tensors whose name holds one of the patterns; a file's name belongs to the files alone."""
-    return sum(
-        size
-        for name, size in sizes.items()
-        if name.startswith("files/") == (patterns == ("files/",)) and any(part in name for part in patterns)
-    )
-
-
-def _parameters(config: MambaConfig) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name, shape in config.tensor_shapes().items():
-        part = next(
-            (part for part, patterns in _PARTS if any(pattern.strip(".") in name for pattern in patterns)),
-            None,
-        )
-        # The norms in the blocks are folded into in_proj and take no room of their own.
-        part = part or ("in_proj" if ".norm." in name else "norm_f")
-        counts[part] = counts.get(part, 0) + int(np.prod(shape))
-    return counts
-
-
-def _table_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def _log_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return checkpoint.load("backbone.layers.0.mixer.A_log").dtype
