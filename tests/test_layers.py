@@ -34,6 +34,7 @@ LAYERS = {
     "stages": 4,
     "cli": 5,
     "console": 5,
+    "report": 5,
     "__main__": 5,
 }
 EDGE = 5
@@ -41,6 +42,7 @@ EDGE = 5
 REFUSED = {(unit, "artifacts") for unit in ("model", "evaluation", "text", "tokenizer")} | {
     ("cli", "kernels"),
     ("console", "kernels"),
+    ("report", "kernels"),
 }
 # Imports inside a layer.
 SIBLINGS = {
@@ -49,7 +51,9 @@ SIBLINGS = {
     ("evaluation", "text"),
     ("evaluation", "tokenizer"),
     ("text", "tokenizer"),
+    ("report", "console"),
     ("cli", "console"),
+    ("cli", "report"),
     ("__main__", "cli"),
 }
 # Packages a unit may import beside the standard library; a unit not listed may import any dependency.
@@ -62,15 +66,20 @@ LIBRARIES = {
     "modes": set(),
     "resources": set(),
     "quant": {"numpy", "torch"},
-    "kernels": {"numpy", "torch", "cupy", "cupy_backends"},
+    "kernels": {"numpy", "torch", "cupy", "cupy_backends", "cuda"},
     "model": {"numpy", "torch"},
 }
 # Units that never touch a file.
 NO_FILES = {"errors", "progress", "config", "sites", "modes", "quant", "model"}
 FILE_MODULES = {"io", "os", "pathlib", "shutil", "tempfile", "safetensors", "json"}
+# Files of the kernels that may import CuPy; NVRTC by itself compiles where there is no GPU.
+CUPY = {
+    "cupy": {"cuda.py", "_launch.py"},
+    "cupy_backends": {"cuda.py", "_launch.py", "_compile.py"},
+}
 CONSOLE_ONLY = {"typer", "rich", "click"}
 # Slow to import, or not always installed: only inside the function that needs them.
-LAZY = {"cupy", "cupy_backends", "datasets", "transformers", "huggingface_hub", "lm_eval"}
+LAZY = {"cupy", "cupy_backends", "cuda", "datasets", "transformers", "huggingface_hub", "lm_eval"}
 MAX_LINES = 450
 
 
@@ -106,7 +115,10 @@ def own_imports(path: Path) -> Iterator[tuple[str, int]]:
         if top == "qmamba_cli":
             unit = rest.partition(".")[0]
             # ``from qmamba_cli import __version__`` reads the package itself.
-            yield (unit if unit in LAYERS and not unit.startswith("__") else "__init__"), line
+            yield (
+                (unit if (PACKAGE / unit).is_dir() or (PACKAGE / f"{unit}.py").is_file() else "__init__"),
+                line,
+            )
 
 
 def eager_imports(body: list[ast.stmt]) -> Iterator[tuple[str, int]]:
@@ -141,6 +153,7 @@ def test_imports_go_downward(path):
         if imported == unit:
             continue
         pair = (unit, imported)
+        assert imported in LAYERS, f"give `{imported}` a layer in {Path(__file__).name}"
         allowed = LAYERS[imported] < LAYERS[unit] or pair in SIBLINGS
         assert allowed and pair not in REFUSED, f"{label(path)}:{line}: {unit} must not import {imported}"
 
@@ -153,9 +166,8 @@ def test_libraries_belong_to_the_layer(path):
         where = f"{label(path)}:{line}: {top}"
         if top in CONSOLE_ONLY:
             assert LAYERS[unit] == EDGE, f"{where} belongs to the command line"
-        if top in {"cupy", "cupy_backends"}:
-            launcher = path.name in {"cuda.py", "_launch.py"} and unit == "kernels"
-            assert launcher, f"{where} belongs to kernels/*/cuda.py and kernels/_launch.py"
+        if top in CUPY:
+            assert unit == "kernels" and path.name in CUPY[top], f"{where} belongs to {sorted(CUPY[top])}"
         if unit in NO_FILES:
             assert top not in FILE_MODULES, f"{where}: {unit} never touches a file"
         if unit in LIBRARIES and top not in sys.stdlib_module_names and top != "qmamba_cli":

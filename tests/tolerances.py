@@ -1,4 +1,4 @@
-"""The table of tolerances: one row an output, each with its reason. No test has a number of its own.
+"""The table of tolerances: one row an output, each with its reason. Tests of operators take theirs from here.
 
 A `real` row's budget is ``factor * eps * magnitude``, where the magnitude is a sum of absolute terms that the
 float64 oracle returns with its result: what float32 rounding can do, not what it happened to do.

@@ -15,6 +15,7 @@ from qmamba_cli import __version__, console
 from qmamba_cli.errors import QmambaError, UsageError
 from qmamba_cli.modes import COLUMNS, DEFAULT_MODE, MODES, VARIABLES, Mode, mode_by_name, mode_from_variables
 from qmamba_cli.report import (
+    problem_of,
     show_calibration,
     show_checks,
     show_demo,
@@ -39,7 +40,7 @@ app = typer.Typer(
     name="qmamba",
     help="Calibrate, export and run quantized Mamba language models.",
     epilog=_EXIT_CODES,
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -67,11 +68,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001 (its callback does the work)
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options before the command."""
+    """Options before the command; without a command, the help page."""
+    if context.invoked_subcommand is None:
+        console.note(context.get_help())
+        raise typer.Exit(UsageError.exit_code)
 
 
 @app.command()
@@ -377,28 +382,16 @@ def main() -> NoReturn:
 
 def _exit_code() -> int:
     try:
-        return int(app(standalone_mode=False) or 0)
-    except QmambaError as error:
-        console.error(error)
-        return error.exit_code
+        # Some versions of the parser answer an interrupt with this code themselves, others raise.
+        code = int(app(prog_name="qmamba", standalone_mode=False) or 0)
+    except (QmambaError, MemoryError, _CommandLineError) as error:
+        problem = problem_of(error, sys.argv[1:])
+        console.error(problem)
+        return problem.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        console.note("interrupted")
-        return EXIT_INTERRUPTED
-    except _CommandLineError as error:
-        console.error(_usage_error(error))
-        return UsageError.exit_code
-    except MemoryError:
-        console.error(QmambaError("out of memory", hint="try a smaller `--batch-size` or `--seqlen`"))
-        return QmambaError.exit_code
-    except BrokenPipeError:
-        # The reader of stdout has gone, as in `qmamba modes | head -1`; nothing must be flushed into it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_INTERRUPTED
+    except console.ReaderGoneError:
         return 0
-
-
-def _usage_error(error: Any) -> UsageError:
-    """A complaint about the command line in this program's manner."""
-    context = getattr(error, "ctx", None)
-    command = "qmamba" if context is None else context.command_path
-    text = error.format_message().strip().rstrip(".").replace("'", "`")
-    return UsageError(text[:1].lower() + text[1:], hint=f"`{command} --help`")
+    if code == EXIT_INTERRUPTED:
+        console.note("interrupted")
+    return code

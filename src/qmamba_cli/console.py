@@ -1,6 +1,8 @@
 """The only place that prints: data on stdout, progress, notes and errors on stderr."""
 
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +11,13 @@ from typing import Any
 
 from qmamba_cli.errors import QmambaError
 from qmamba_cli.progress import Advance, Progress, silent
+
+
+class ReaderGoneError(Exception):
+    """The reader of stdout has gone, as in ``qmamba modes | head -1``, which is no failure.
+
+    No `OSError`, since the parser of options turns a broken pipe into an exit code of its own.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +29,24 @@ class Column:
 
 
 def write(text: str) -> None:
-    """Data on stdout, as it is."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Data on stdout, as it is.
+
+    Raises:
+        QmambaError: stdout takes no more, as on a full disk.
+        ReaderGoneError: the reader of stdout has gone.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer goes nowhere, or the interpreter would fail on it again as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise ReaderGoneError from None
+        raise QmambaError(
+            f"cannot write to stdout, got `{error.strerror or error}`",
+            hint="free some space or send the output elsewhere",
+        ) from error
 
 
 def write_json(value: Any) -> None:
@@ -43,10 +67,13 @@ def table(title: str, columns: Sequence[Column], rows: Sequence[Sequence[str]], 
     for row in rows:
         sheet.add_row(*(Text(cell) for cell in row))
     # Off a terminal a table is as wide as it needs to be, so that no log wraps it.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    terminal = sys.stdout.isatty()
+    page = io.StringIO()
+    console = Console(file=page, force_terminal=terminal, width=None if terminal else 200)
     for text, style in ((title, "bold"), (sheet, ""), (caption, "dim")):
         if text:
             console.print(Text(text, style) if isinstance(text, str) else text, soft_wrap=True)
+    write("".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines()))
 
 
 def facts(title: str, rows: Mapping[str, str]) -> None:

@@ -40,10 +40,10 @@ def test_int8_product_is_exact(matmul_path, torch_rng, k, rows):
     assert_exact("int8_matmul", int8_matmul(x, weight), exact_product(x, weight).to(torch.int32))
 
 
-@pytest.mark.parametrize("k", [1, 96, 1025, 3072, 5121])
+@pytest.mark.parametrize("k", [1, 96, 1025, 2049, 3071, 3072, 5121])
 @pytest.mark.parametrize(("left", "right"), EXTREMES.values(), ids=EXTREMES)
 def test_int8_product_is_exact_at_the_ends_of_the_grid(matmul_path, k, left, right):
-    # 5121 * 128 * 128 needs 27 bits: past float32's exact integers, inside int32.
+    # Past float32's exact integers, inside int32; 2049 * 127 * 127 is odd, so no float32 holds it.
     x = torch.full((5, k), left, dtype=torch.int8)
     weight = torch.full((7, k), right, dtype=torch.int8)
     assert_exact(

@@ -106,6 +106,17 @@ def test_any_number_of_channels_and_states(backend, torch_rng, order, d, n):
 
 
 @both_orders
+def test_more_channels_than_one_pass_takes(backend, torch_rng, order):
+    # n * b * d is above the elements that the reference works on at a time, and d is no multiple of anything.
+    case = make(torch_rng, b=3, d=1403, n=16, l=67)
+    got, exact = case.on(backend, order, return_chunk_states=True), case.oracle()
+    assert_scan(got, exact)
+    for index, end in enumerate((64, 67)):
+        bound = exact.state_bounds[:, end - 1]
+        assert_close("chunk state", got.chunk_states[:, index], exact.states[:, end - 1], bound)
+
+
+@both_orders
 def test_a_long_sequence(backend, torch_rng, order):
     case = make(torch_rng, b=1, d=3, n=4, l=2049)
     assert_scan(case.on(backend, order), case.oracle())
@@ -117,6 +128,7 @@ def test_the_two_orders_differ_by_summation_order_only(torch_rng):
     scale = sequential.y.abs().amax()
     assert_close("y", chunked.y, sequential.y, 1e-6 * scale)
     assert_exact("first chunk", chunked.y[:, :CHUNK], sequential.y[:, :CHUNK])
+    assert not torch.equal(chunked.y, sequential.y), "they are two orders"
 
 
 @both_orders
@@ -290,10 +302,11 @@ def test_two_runs_give_the_same_bits(backend, torch_rng, order):
     assert_exact("state", first.state, second.state)
 
 
-def test_arguments_are_left_alone(torch_rng):
+@pytest.mark.parametrize(("b", "d", "n"), [(2, 5, 8), (1, 5, 1), (1, 1, 8), (3, 1, 1)], ids=str)
+def test_arguments_are_left_alone(torch_rng, b, d, n):
     for int8 in (True, False):
-        case = make(torch_rng, l=66, int8=int8)
-        state = torch.randn(2, 5, 8, generator=torch_rng)
+        case = make(torch_rng, b=b, d=d, n=n, l=66, int8=int8)
+        state = torch.randn(b, d, n, generator=torch_rng)
         before = [part.clone() for part in (*case, state)]
         for order in ORDERS:
             case.run(order, state=state)

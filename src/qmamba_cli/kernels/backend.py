@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -11,6 +12,7 @@ from qmamba_cli.kernels.hadamard import reference as hadamard_reference
 from qmamba_cli.kernels.linear import reference as linear_reference
 from qmamba_cli.kernels.rms_norm import reference as norm_reference
 from qmamba_cli.kernels.selective_scan import reference as scan_reference
+from qmamba_cli.quant import grid
 
 BACKENDS = ("auto", "cpu", "cuda")
 
@@ -22,6 +24,9 @@ class Backend:
     Attributes:
         name: ``cpu`` or ``cuda``.
         device: where tensors live.
+        quantize: `quant.grid.quantize`.
+        dequantize: `quant.grid.dequantize`.
+        quantize_per_token: `quant.grid.quantize_per_token`.
         rms_norm: `kernels.rms_norm.reference.rms_norm`.
         linear: `kernels.linear.reference.linear`.
         causal_conv1d: `kernels.causal_conv1d.reference.causal_conv1d`.
@@ -31,6 +36,9 @@ class Backend:
 
     name: str
     device: torch.device
+    quantize: Callable[[torch.Tensor, float], torch.Tensor]
+    dequantize: Callable[[torch.Tensor, float], torch.Tensor]
+    quantize_per_token: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     rms_norm: Callable[..., torch.Tensor]
     linear: Callable[..., torch.Tensor]
     causal_conv1d: Callable[..., tuple[torch.Tensor, conv_reference.ConvState]]
@@ -41,6 +49,9 @@ class Backend:
 CPU = Backend(
     name="cpu",
     device=torch.device("cpu"),
+    quantize=grid.quantize,
+    dequantize=grid.dequantize,
+    quantize_per_token=grid.quantize_per_token,
     rms_norm=norm_reference.rms_norm,
     linear=linear_reference.linear,
     causal_conv1d=conv_reference.causal_conv1d,
@@ -50,7 +61,7 @@ CPU = Backend(
 
 
 def select_backend(name: str = "auto") -> Backend:
-    """The backend called ``name``; ``auto`` takes the best one that can run here.
+    """The backend called ``name``; ``auto`` takes the GPU where kernels can run, else the CPU.
 
     Raises:
         UsageError: there is no backend of that name.
@@ -58,15 +69,37 @@ def select_backend(name: str = "auto") -> Backend:
     """
     if name not in BACKENDS:
         raise UsageError(f"unknown backend `{name}`, expected one of {', '.join(BACKENDS)}")
-    if name == "cuda":
-        raise DeviceError(
-            f"the `cuda` backend is not part of version {_version()}, got `--backend cuda`",
-            hint="use `--backend cpu`, which runs every mode",
-        )
-    return CPU
+    if name == "cpu":
+        return CPU
+    try:
+        return _cuda()
+    except DeviceError:
+        if name == "auto":
+            return CPU
+        raise
 
 
-def _version() -> str:
-    from qmamba_cli import __version__
+@cache
+def _cuda() -> Backend:
+    from qmamba_cli.kernels import _launch
 
-    return __version__
+    _launch.require_device()
+    from qmamba_cli.kernels.causal_conv1d import cuda as conv
+    from qmamba_cli.kernels.hadamard import cuda as hadamard
+    from qmamba_cli.kernels.linear import cuda as linear
+    from qmamba_cli.kernels.quantize import cuda as quantize
+    from qmamba_cli.kernels.rms_norm import cuda as norm
+    from qmamba_cli.kernels.selective_scan import cuda as scan
+
+    return Backend(
+        name="cuda",
+        device=torch.device("cuda", torch.cuda.current_device()),
+        quantize=quantize.quantize,
+        dequantize=quantize.dequantize,
+        quantize_per_token=quantize.quantize_per_token,
+        rms_norm=norm.rms_norm,
+        linear=linear.linear,
+        causal_conv1d=conv.causal_conv1d,
+        selective_scan=scan.selective_scan,
+        hadamard=hadamard.hadamard,
+    )

@@ -1,8 +1,8 @@
 """One Mamba block, written once and driven by the columns of a mode.
 
-Whether a tensor between two operators is int8 or float follows from its scale: a site without a scale (the float
-model) stays float32. The three things a mode chooses are each decided in one place: `_conv_input`, the conv's
-output grid with path A and path B, and the scan.
+Whether a tensor between two operators is int8 or float follows from its scale: a site without a scale (the
+float model) stays float32. The three things a mode chooses are each decided in one place: `_conv_input`, the
+conv's output grid with path A and path B, and the scan.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,8 @@ from qmamba_cli.kernels.backend import Backend
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.model.weights import BlockWeights, LinearWeights
 from qmamba_cli.modes import ConvInput, ConvOutput, Mode, ScanReads, ScanU, State
-from qmamba_cli.quant.grid import dequantize, quantize, quantize_per_token
 
-# Called as hook(site, tensor) with each observed tensor, samples along dim 0; looking never changes the forward.
+# Called as hook(site, tensor) with each observed tensor, samples along dim 0; looking changes nothing.
 Hook: TypeAlias = Callable[[str, torch.Tensor], None]
 
 
@@ -81,11 +80,11 @@ def block_forward(
     hook(sites.X_PROJ_INPUT, v)
 
     # Path A: what x_proj reads.
-    path_a = v if v.dtype == torch.int8 or u_scale is None else quantize(v, u_scale)
+    path_a = v if v.dtype == torch.int8 or u_scale is None else ops.quantize(v, u_scale)
     x_dbl = _linear(ops, path_a.transpose(1, 2), weights.x_proj, u_scale, scales.x_proj_output)
     hook(sites.X_PROJ_OUTPUT, x_dbl)
     rank, n = weights.dt_proj.weight.shape[1], weights.A.shape[1]
-    dt_low, B, C = x_dbl.split([rank, n, n], dim=-1)
+    dt_low, B, C = torch.split_with_sizes(x_dbl, [rank, n, n], dim=-1)
     dt = _linear(ops, dt_low, weights.dt_proj, scales.x_proj_output, scales.dt_proj_output)
     hook(sites.DT_PROJ_OUTPUT, dt)
 
@@ -94,7 +93,7 @@ def block_forward(
         case ScanU.INT8:
             u = path_a
         case ScanU.ON_GRID:
-            u = path_a if u_scale is None else dequantize(path_a, u_scale)
+            u = path_a if u_scale is None else ops.dequantize(path_a, u_scale)
         case ScanU.TRUE:
             u = v
     scan = ops.selective_scan(
@@ -135,13 +134,14 @@ def _conv_input(
     fused = mode.conv_input is ConvInput.STATIC
     xz = _linear(ops, normed, weights.in_proj, scales.in_proj_input, scales.in_proj_output if fused else None)
     hook(sites.IN_PROJ_OUTPUT, xz)
-    x, z = xz.transpose(1, 2).split([d, d], dim=1)
+    x, z = torch.split_with_sizes(xz.transpose(1, 2), [d, d], dim=1)
     match mode.conv_input:
         case ConvInput.STATIC | ConvInput.FP32:
             return x, scales.in_proj_output, z
         case ConvInput.DYNAMIC:
-            q, token_scale = quantize_per_token(x)
-            return q, token_scale, z if scales.in_proj_output is None else quantize(z, scales.in_proj_output)
+            q, token_scale = ops.quantize_per_token(x)
+            z_scale = scales.in_proj_output
+            return q, token_scale, z if z_scale is None else ops.quantize(z, z_scale)
 
 
 def _linear(

@@ -9,7 +9,7 @@ from qmamba_cli import sites
 from qmamba_cli.errors import UsageError
 from qmamba_cli.kernels.backend import Backend
 from qmamba_cli.model.block import BlockState, block_forward
-from qmamba_cli.model.weights import ModelWeights
+from qmamba_cli.model.weights import ModelWeights, on_device
 from qmamba_cli.modes import Mode, Precision
 
 # One entry a layer.
@@ -35,7 +35,7 @@ class Mamba:
         if quantized != (mode.precision is Precision.INT8):
             have = "quantized" if quantized else "float"
             raise UsageError(f"mode {mode.name} has precision={mode.precision}, got {have} weights")
-        self.weights = weights
+        self.weights = on_device(weights, backend.device)
         self.mode = mode
         self.backend = backend
         self.config = weights.config
@@ -47,18 +47,18 @@ class Mamba:
     ) -> tuple[torch.Tensor, ModelState]:
         """Run tokens through every block and the final norm.
 
-        A prompt and a single token take the same path; decoding is a call with l = 1 and the state of the call
-        before.
+        A prompt and a single token take the same path; decoding is a call with l = 1 and the state of the
+        call before.
 
         Args:
-            ids: (b, l) int64, l >= 1.
+            ids: (b, l) int64, l >= 1, on any device.
             state: from the call before, or None at the start of a sequence.
             hook: sees every observed tensor under its site key.
 
         Returns:
             hidden (b, l, d_model) float32, what lm_head reads, and the new state.
         """
-        residual = self.weights.embedding[ids]
+        residual = self.weights.embedding[ids.to(self.backend.device)]
         new_state = []
         for layer, weights in enumerate(self.weights.blocks):
             options = {} if hook is None else {"hook": _layer_hook(hook, layer)}

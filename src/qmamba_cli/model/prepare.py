@@ -5,8 +5,9 @@
 
 F is the orthonormal Hadamard transform. Folding and rotating run in float64 and are rounded once to float32.
 
-Source: Ashkboos et al., "QuaRot" (2024), section 4; Chiang et al., "Quamba" (2024), section 4.2. We rotate the
-residual stream (both sides of out_proj) as well, so that no rotation is left on in_proj's input at run time.
+Source: Ashkboos et al., "QuaRot" (2024), section 4; Chiang et al., "Quamba" (2024), section 4.2. We rotate
+the residual stream (both sides of out_proj) as well, so that no rotation is left on in_proj's input when it
+runs.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Rotated float weights to the tensors of a quantized file, and back to weights that the block reads.
 
-Names and dtypes are those of docs/artifact-format.md. Both directions go layer by layer, so that no more than one
-float block is in memory.
+Names and dtypes are those of docs/artifact-format.md. Both directions go layer by layer, so that no more than
+one float block is in memory.
 """
 
 import re
@@ -88,19 +88,16 @@ def quantized_tensors(
 
 def weight_schemes(config: MambaConfig, recipe: Recipe) -> dict[str, str]:
     """Format of each module's weight in words: ``w4-g128``, ``w8-row``, ``w8-channel`` or ``16-bit``."""
-
-    def bits(module: str, width: int) -> str:
-        return f"w4-g{recipe.group_size}" if width == 4 else {8: "w8-row", 16: "16-bit"}[width]
-
-    schemes = {"embeddings": bits("embeddings", recipe.table_bits("embeddings"))}
+    words = {4: f"w4-g{recipe.group_size}", 8: "w8-row", 16: "16-bit"}
+    schemes = {"embeddings": words[recipe.table_bits("embeddings")]}
     for layer in range(config.n_layer):
         for name in ("in_proj", "out_proj"):
             module = f"layers.{layer}.{name}"
-            schemes[module] = bits(module, recipe.projection_bits(module))
+            schemes[module] = words[recipe.projection_bits(module)]
         schemes |= {f"layers.{layer}.{name}": "w8-row" for name in ("x_proj", "dt_proj")}
         schemes[f"layers.{layer}.conv1d"] = "w8-channel"
     if not config.tie_embeddings:
-        schemes["lm_head"] = bits("lm_head", recipe.table_bits("lm_head"))
+        schemes["lm_head"] = words[recipe.table_bits("lm_head")]
     return schemes
 
 
@@ -139,7 +136,7 @@ def _row_tensors(module: str, weight: torch.Tensor) -> Iterator[tuple[str, torch
 
 
 def _table(module: str, weight: torch.Tensor, recipe: Recipe) -> Iterator[tuple[str, torch.Tensor]]:
-    """Embedding or untied head, unrotated: one stored table serves a tied head, which folds the final norm."""
+    """Embedding or untied head, unrotated: one table serves a tied head, which folds the final norm."""
     if recipe.table_bits(module) == 8:
         yield from _row_tensors(module, weight)
     else:

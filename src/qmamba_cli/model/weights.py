@@ -1,7 +1,8 @@
 """Weights as the block reads them, float or quantized."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -102,3 +103,23 @@ class ModelWeights:
     blocks: tuple[BlockWeights, ...]
     norm_f: torch.Tensor | None
     lm_head: LinearWeights
+
+
+W = TypeVar("W", LinearWeights, BlockWeights, ModelWeights)
+
+
+def on_device(weights: W, device: torch.device) -> W:
+    """The same weights with every tensor on ``device``; tensors that are there already are shared."""
+    moved: W = _moved(weights, device)
+    return moved
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if is_dataclass(value) and not isinstance(value, type | MambaConfig):
+        changed = {field.name: _moved(getattr(value, field.name), device) for field in fields(value)}
+        return replace(value, **changed)
+    return value

@@ -28,7 +28,7 @@ from qmamba_cli.progress import Progress, silent
 from qmamba_cli.quant.histogram import check_alpha
 from qmamba_cli.quant.observers import DEFAULT_ALPHA, ObserverSet, Reduction
 from qmamba_cli.sites import SITES, ObserverKind
-from qmamba_cli.stages.common import model_record
+from qmamba_cli.stages.common import check_seed, model_record
 from qmamba_cli.text import SELF, Samples, choose_samples, open_documents, sample_from_model
 from qmamba_cli.tokenizer import Tokenizer
 
@@ -161,8 +161,7 @@ def _check_options(options: CalibrateOptions) -> None:
         value = getattr(options, name)
         if value < 1:
             raise UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}")
-    if options.seed < 0:
-        raise UsageError(f"`--seed` must be at least 0, got {options.seed}")
+    check_seed(options.seed)
     if options.dtype not in DTYPES:
         raise UsageError(f"unknown dtype `{options.dtype}`, expected one of {', '.join(DTYPES)}")
     if options.dtype not in ("auto", "fp32"):

@@ -3,6 +3,20 @@
 from qmamba_cli.artifacts.checkpoint import Checkpoint
 from qmamba_cli.artifacts.files import sha256_bytes
 from qmamba_cli.artifacts.manifest import ModelRecord
+from qmamba_cli.errors import UsageError
+
+# One past the largest seed that every generator takes.
+_SEED_LIMIT = 1 << 63
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that some generator of random numbers would not take.
+
+    Raises:
+        UsageError: it is not in [0, 2**63).
+    """
+    if not 0 <= seed < _SEED_LIMIT:
+        raise UsageError(f"`--seed` must be at least 0 and less than 2**63, got {seed}")
 
 
 def model_record(checkpoint: Checkpoint) -> ModelRecord:

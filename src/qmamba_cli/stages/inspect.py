@@ -15,7 +15,7 @@ from qmamba_cli.artifacts.quantized import read_quantized, read_quantized_manife
 from qmamba_cli.artifacts.safetensors_header import TensorInfo
 from qmamba_cli.artifacts.workdir import RECORD, Workdir
 from qmamba_cli.config import MambaConfig
-from qmamba_cli.errors import ArtifactError, QmambaError
+from qmamba_cli.errors import ArtifactError, QmambaError, UsageError
 from qmamba_cli.stages.parts import Part, bits_per_weight, parts_of
 
 
@@ -79,6 +79,12 @@ def inspect(path: Path) -> Inspection:
         QmambaError: there is nothing at ``path``.
         ArtifactError: it is no artifact, or its manifest is damaged.
     """
+    if is_workdir(path):
+        records = (Workdir(path).last_calibration(), Workdir(path).last_export())
+        known = " or ".join(f"`qmamba inspect {record.path}`" for record in records if record is not None)
+        raise UsageError(
+            f"`{path}` is a work folder, expected a quantized file or a calibration folder", hint=known
+        )
     if is_calibration(path):
         return Inspection(path=path, manifest=read_calibration_manifest(path), parts=(), bits_per_weight=None)
     manifest = read_quantized_manifest(path)

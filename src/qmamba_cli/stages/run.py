@@ -1,5 +1,6 @@
 """Stage 3: a model in one numeric mode, on a task or a prompt, to results."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -40,7 +41,11 @@ from qmamba_cli.modes import MODES, Mode, Precision
 from qmamba_cli.progress import Progress, silent
 from qmamba_cli.quant.weights import DEFAULT_GROUP_SIZE
 from qmamba_cli.sites import SITES, site_key
+from qmamba_cli.stages.common import check_seed
 from qmamba_cli.tokenizer import Tokenizer
+
+# Below it, logits divided by the temperature leave float32's range.
+MIN_TEMPERATURE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +329,12 @@ def run_prompt(
     Raises:
         UsageError: the prompt has no tokens, or an option is out of range.
     """
+    check_seed(seed)
+    if temperature != 0 and not (temperature >= MIN_TEMPERATURE and math.isfinite(temperature)):
+        raise UsageError(
+            f"`--temperature` must be 0 or a finite number of at least {MIN_TEMPERATURE}, got {temperature}",
+            hint="0 takes the most likely token; 1 samples from the model as it is",
+        )
     tokenizer = loaded.tokenizer
     decoder = tokenizer.stream_decoder()
     for token in generate(

@@ -13,7 +13,7 @@ class ConvState(NamedTuple):
 
     Attributes:
         values: (b, d, w-1) of the input's dtype, oldest first.
-        scale: (b, w-1) float32, real units a step of each token, where the input has one scale a token; else None.
+        scale: (b, w-1) float32, real units a step of each token, or None where all tokens share one scale.
     """
 
     values: torch.Tensor
@@ -35,13 +35,14 @@ def causal_conv1d(
         acc[b,c,t] = sum_k x[b, c, t-w+1+k] * weight[c, k]        (exact integers for int8 with one scale)
         a[b,c,t]   = acc * (x_scale * weight_scale[c]) + bias[c]  (float32)
         v[b,c,t]   = a * sigmoid(a)                               (float32)
-        out        = saturate(round_half_even(v * (1/out_scale))) (int8, where out_scale is given), else v itself
+        out        = saturate(round_half_even(v * (1/out_scale))) (int8, where out_scale is given, else v)
 
     With one scale a token, ``acc = sum_k (x * x_scale[b, t]) * weight[c, k]`` in float32, oldest tap first.
 
     >>> x = torch.tensor([[[10, -20, 30]]], dtype=torch.int8)
     >>> taps = torch.tensor([[0, 0, 1, 2]], dtype=torch.int8)
-    >>> out, state = causal_conv1d(x, taps, None, x_scale=0.1, weight_scale=torch.tensor([1.0]), out_scale=0.01)
+    >>> scales = {"x_scale": 0.1, "weight_scale": torch.tensor([1.0]), "out_scale": 0.01}
+    >>> out, state = causal_conv1d(x, taps, None, **scales)
     >>> out.tolist(), state.values.tolist()
     ([[[127, -14, 127]]], [[[10, -20, 30]]])
 
@@ -60,7 +61,8 @@ def causal_conv1d(
     Raises:
         ShapeError: a shape or dtype is not as above.
 
-    Source: Dao-AILab/causal-conv1d, ``causal_conv1d_ref`` (float); the int8 grids are ours, see docs/numerics.md.
+    Source: Dao-AILab/causal-conv1d, ``causal_conv1d_ref`` (float); the int8 grids are ours, see
+        docs/numerics.md.
     """
     b, d, l = _check(x, weight, x_scale, weight_scale, state)
     history = weight.shape[1] - 1

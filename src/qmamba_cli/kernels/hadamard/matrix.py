@@ -49,8 +49,9 @@ class HadamardPlan:
 def plan_for(width: int) -> HadamardPlan:
     """The transform of an axis of ``width`` elements.
 
-    The smallest constructible core K with ``width = K * 2^k`` is taken. A width with none is cut into blocks of
-    the largest power of two that divides it, so every width has a transform; at an odd width it is the identity.
+    The smallest constructible core K with ``width = K * 2^k`` is taken. A width with none is cut into blocks
+    of the largest power of two that divides it, so every width has a transform; at such an odd width it is
+    the identity.
 
     >>> plan_for(768)
     HadamardPlan(width=768, order=768, core=12)

@@ -57,7 +57,7 @@ def hadamard(x: torch.Tensor, *, out_scale: float | None = None) -> torch.Tensor
 def _factors(
     order: int, core: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[tuple[torch.Tensor, int, int], ...]:
-    """Kronecker factors, slowest first: (matrix, elements before, elements after); 1/sqrt(n) is in the first."""
+    """Kronecker factors, slowest first: (matrix, elements before, after); the first holds 1/sqrt(n)."""
     exponent = (order // core).bit_length() - 1
     matrices = [core_matrix(core)] if core > 1 else []
     while exponent > 0:

@@ -46,7 +46,7 @@ def linear(
     Raises:
         ShapeError: the last axes differ, or dtypes and scales do not belong together.
     """
-    _check(x, weight, x_scale, weight_scale)
+    check_operands(x, weight, x_scale, weight_scale)
     if x_scale is None or weight_scale is None:
         y = torch.nn.functional.linear(x, weight, bias)
     else:
@@ -82,8 +82,8 @@ def int8_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _int_mm_is_exact() -> bool:
     """Whether this machine's int8 product keeps exact sums.
 
-    On processors without VNNI some int8 libraries add pairs of products in saturating int16; such a machine gets
-    the float32 path, which is exact up to K = 1024 terms at a time.
+    On processors without VNNI some int8 libraries add pairs of products in saturating int16; such a machine
+    gets the float32 path, which is exact up to K = 1024 terms at a time.
     """
     generator = torch.Generator().manual_seed(0)
     for x, weight in (
@@ -100,7 +100,7 @@ def _int_mm_is_exact() -> bool:
     return True
 
 
-def _check(
+def check_operands(
     x: torch.Tensor, weight: torch.Tensor, x_scale: float | None, weight_scale: torch.Tensor | None
 ) -> None:
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:

@@ -12,8 +12,8 @@ from qmamba_cli.quant.grid import dequantize, fake_quantize, quantize
 # Steps of one chunk of the chunked order; the sequential order takes as many at a time to bound memory.
 # Calibration observes the state at the ends of these chunks.
 CHUNK = 64
-# Elements of one step of the recurrence. Torch hands larger operations to its thread pool, which costs more than a
-# step's arithmetic, and very much more where the cores are busy; this size also stays in a core's cache.
+# Elements of one step of the recurrence. Torch hands larger operations to its thread pool, which costs more
+# than a step's arithmetic, and very much more where the cores are busy; this size also stays in the cache.
 _STEP_ELEMENTS = 32767
 
 
@@ -23,7 +23,8 @@ class ScanResult(NamedTuple):
     Attributes:
         y: (b, l, d) float32, gated output; channels last, as the Hadamard transform and out_proj read it.
         state: (b, d, n) state after the last token, int8 or float32.
-        chunk_states: (b, ceil(l / CHUNK), d, n) float32 states at chunk ends and after the last token, or None.
+        chunk_states: (b, ceil(l / CHUNK), d, n) float32 states at chunk ends and after the last token, or
+            None.
     """
 
     y: torch.Tensor
@@ -59,9 +60,9 @@ def selective_scan(
         y_t     = sum_n C_t[n] * h_t[n] + D * u_t
         out_t   = y_t * (z_t * sigmoid(z_t))
 
-    Sequential order runs t from left to right. Chunked order cuts t into chunks of ``CHUNK``: every chunk is run
-    from a zero state to get its end S and its decay P = exp(A * sum(delta)); the carries H = P * H + S are chained;
-    every chunk is run again from its true start. The two differ by float32 summation order only.
+    Sequential order runs t from left to right. Chunked order cuts t into chunks of ``CHUNK``: every chunk is
+    run from a zero state to get its end S and its decay P = exp(A * sum(delta)); the carries H = P * H + S
+    are chained; every chunk is run again from its true start. The two differ by float32 summation order only.
 
     y is always computed from the unrounded new state; only the state that leaves the call is quantized.
 
@@ -98,8 +99,8 @@ def selective_scan(
     Raises:
         ShapeError: a shape or dtype is not as above.
 
-    Source: Gu and Dao, "Mamba" (2023), algorithm 2; state-spaces/mamba ``selective_scan_ref``. The chunked order
-        and the grids are ours, see docs/numerics.md.
+    Source: Gu and Dao, "Mamba" (2023), algorithm 2; state-spaces/mamba ``selective_scan_ref``. The chunked
+        order and the grids are ours, see docs/numerics.md.
     """
     b, d, l = _check(u, dt, A, B, C, z, state, state_scale)
     u_real = _real("u", u, u_scale, requantize_u)
@@ -148,7 +149,7 @@ def _run_chunked(
     """One chunk of the chunked order; ``increment`` is overwritten by the states. Returns the carry."""
     local = increment[0].clone()
     for decay_t, increment_t in zip(decay[1:], increment[1:], strict=True):
-        local.mul_(decay_t).add_(increment_t)
+        torch.addcmul(increment_t, decay_t, local, out=local)
     _run_sequential(decay, increment, h, delta, A)
     return local.addcmul_(torch.exp(delta.sum(dim=0) * A), h)
 
@@ -192,7 +193,8 @@ def _initial_state(
     if state is None:
         return A.new_zeros(A.shape[1], b, d)
     real = state if state_scale is None else dequantize(state, state_scale)
-    return real.permute(2, 0, 1).contiguous()
+    # A copy even where the permuted state is contiguous (n = 1): the scan writes into it.
+    return real.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _check(

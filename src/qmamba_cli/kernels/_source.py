@@ -1,0 +1,33 @@
+"""Kernel sources: read from the package, our own headers inlined as text.
+
+Inlining keeps everything that decides a kernel's machine code in one string, so that a compile cache keyed by
+the source sees an edited header, no include path is needed, and packages inside an archive work.
+"""
+
+import re
+from functools import cache
+from importlib.resources import files
+
+# One level, on purpose: our headers include none of ours.
+_OWN_INCLUDE = re.compile(r'^[ \t]*#include[ \t]+"(?P<header>[\w.]+)"[ \t]*$', re.MULTILINE)
+
+# Contraction is off so that both backends round the same expressions alike; kernels write fmaf themselves.
+COMPILE_OPTIONS = ("--std=c++17", "--fmad=false")
+
+
+@cache
+def kernel_source(relative_path: str) -> str:
+    """The text of a kernel with our headers inlined and line markers that keep error messages true.
+
+    Args:
+        relative_path: below ``qmamba_cli/kernels``, as in ``hadamard/hadamard.cu``.
+    """
+    package = files("qmamba_cli.kernels")
+    source = package.joinpath(relative_path).read_text(encoding="utf-8")
+
+    def inline(match: re.Match[str]) -> str:
+        line_after = source.count("\n", 0, match.start()) + 2
+        text = package.joinpath(match["header"]).read_text(encoding="utf-8")
+        return f'#line 1 "{match["header"]}"\n{text}\n#line {line_after} "{relative_path}"'
+
+    return f'#line 1 "{relative_path}"\n' + _OWN_INCLUDE.sub(inline, source)

@@ -1,0 +1,222 @@
+"""Causal depthwise convolution + SiLU on CUDA; `reference` is the definition."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qmamba_cli.errors import ShapeError
+from qmamba_cli.kernels._launch import Arg, contiguous, launch, require_cuda, sm_count
+from qmamba_cli.kernels.causal_conv1d.reference import ConvState, _check
+from qmamba_cli.kernels.quantize.cuda import quantize
+from qmamba_cli.quant.grid import reciprocal
+
+SOURCE = "causal_conv1d/causal_conv1d.cu"
+_C_NAMES = {torch.int8: "signed char", torch.float32: "float"}
+_DTYPES = tuple(_C_NAMES)
+
+ENTRIES = (
+    *(f"causal_conv1d_static{layout}<{out}>" for layout in ("", "_channels") for out in _C_NAMES.values()),
+    *(
+        f"causal_conv1d_real{layout}<{x}, {out}>"
+        for layout in ("", "_channels")
+        for x in _C_NAMES.values()
+        for out in _C_NAMES.values()
+    ),
+)
+
+_THREADS = 128
+# Resident blocks of a multiprocessor; the kernels' launch bounds allow at least 4.
+_BLOCKS_PER_SM = 8
+# Threads side by side along the contiguous axis.
+_MOST_PIECES = 64
+_MOST_QUADS = 32
+_MOST_ROWS = 16
+_MOST_STEPS = 64
+_MAX_GRID_Y = 65535
+# Where the fused rounding holds; see the limits in the kernel's header.
+_FUSED_OUT_SCALES = (1e-6, 1e4)
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """How one call is cut.
+
+    Attributes:
+        grid: blocks.
+        block: threads.
+        span: rows (time contiguous) or steps (channels contiguous) that one thread walks.
+    """
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    span: int
+
+
+def time_config(b: int, d: int, l: int, *, steps: int, multiprocessors: int) -> LaunchConfig:
+    """The cut for contiguous time, with ``steps`` steps a thread: rows a thread for the fewest waves."""
+    pieces = _ceil(l, steps)
+    x = min(_MOST_PIECES, _power_of_two(pieces))
+    y = _THREADS // x
+    along = _ceil(pieces, x)
+    resident = multiprocessors * _BLOCKS_PER_SM
+
+    def cost(rows: int) -> int:
+        # Each block also pays about one row for its start.
+        return _ceil(_ceil(d, y * rows) * along * b, resident) * (rows + 1)
+
+    span = min(range(1, _MOST_ROWS + 1), key=cost)
+    return LaunchConfig(grid=(_ceil(d, y * span), along, b), block=(x, y, 1), span=span)
+
+
+def channels_config(b: int, d: int, l: int, *, multiprocessors: int) -> LaunchConfig:
+    """The cut for contiguous channels: the longest runs that still fill the device."""
+    quads = _ceil(d, 4)
+    x = min(_MOST_QUADS, _power_of_two(quads))
+    y = _THREADS // x
+    wanted = multiprocessors * _BLOCKS_PER_SM * _THREADS
+    span = _MOST_STEPS
+    while span > 4 and b * quads * _ceil(l, span) < wanted:
+        span //= 2
+    while _ceil(l, span * y) > _MAX_GRID_Y:
+        span *= 2
+    return LaunchConfig(grid=(_ceil(quads, x), _ceil(l, span * y), b), block=(x, y, 1), span=span)
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    x_scale: float | torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+    out_scale: float | None = None,
+    state: ConvState | None = None,
+) -> tuple[torch.Tensor, ConvState]:
+    """Depthwise causal convolution, then SiLU; see `reference.causal_conv1d`.
+
+    x may have contiguous time or contiguous channels and any stride along the other; both run without a copy,
+    and out gets the same axis contiguous, dense. Any other x is copied. Outputs in int8 are of class grid,
+    float ones of class real; a float output depends on its own window only, not on layout or split.
+
+    Raises:
+        ShapeError: as the reference, or a tensor is on another device.
+    """
+    b, d, l = _check(x, weight, x_scale, weight_scale, state)
+    inv_scale = None if out_scale is None else reciprocal(out_scale)
+    if out_scale is not None and not _FUSED_OUT_SCALES[0] <= out_scale <= _FUSED_OUT_SCALES[1]:
+        v, new_state = causal_conv1d(x, weight, bias, x_scale=x_scale, weight_scale=weight_scale, state=state)
+        return quantize(v, out_scale), new_state
+
+    device = require_cuda("x", x).device
+    x, channels = _layout(x)
+    out_dtype = torch.float32 if inv_scale is None else torch.int8
+    if channels:
+        out = torch.empty(b, l, d, dtype=out_dtype, device=device).transpose(1, 2)
+    else:
+        out = torch.empty(b, d, l, dtype=out_dtype, device=device)
+    w = weight.shape[1]
+    per_token = isinstance(x_scale, torch.Tensor)
+    scale_out = torch.empty(b, w - 1, device=device) if per_token else None
+    new_state = ConvState(torch.empty(b, d, w - 1, dtype=x.dtype, device=device), scale_out)
+    if b == 0 or d == 0:
+        return out, new_state
+
+    static = x_scale is not None and not per_token
+    steps = 16 if static and out_dtype == torch.int8 else 4
+    multiprocessors = sm_count(device)
+    if channels:
+        config = channels_config(b, d, l, multiprocessors=multiprocessors)
+    else:
+        config = time_config(b, d, l, steps=steps, multiprocessors=multiprocessors)
+    stride = x.stride(2 if channels else 1)
+    access = 4 if channels else steps
+    args: list[Arg] = [
+        x,
+        _words("weight", weight, device),
+        _vector("weight_scale", weight_scale, (d,), device),
+        _vector("bias", bias, (d,), device),
+        None if state is None else _on(device, "state", contiguous("state", state.values)),
+        out,
+        new_state.values,
+        np.int32(d),
+        np.int32(l),
+        np.int32(w),
+        np.int64(x.stride(0)),
+        np.int64(stride),
+        np.int32(config.span),
+        np.int32(_aligned(x, (x.stride(0) if b > 1 else 0, stride), access)),
+        np.int32(_aligned(out, (d if channels else l,), access)),
+        np.float32(0.0 if inv_scale is None else _LOG2_E / inv_scale),
+    ]
+    if static:
+        entry = f"causal_conv1d_static{'_channels' if channels else ''}<{_C_NAMES[out_dtype]}>"
+        args.append(np.float32(float(x_scale or 0.0)))
+    else:
+        entry = (
+            f"causal_conv1d_real{'_channels' if channels else ''}<{_C_NAMES[x.dtype]}, {_C_NAMES[out_dtype]}>"
+        )
+        tokens = x_scale if per_token and isinstance(x_scale, torch.Tensor) else None
+        held = None if state is None or not per_token else state.scale
+        args += [
+            _vector("x_scale", tokens, (b, l), device),
+            _vector("state.scale", held, (b, w - 1), device),
+            scale_out,
+        ]
+    launch(SOURCE, entry, grid=config.grid, block=config.block, args=args, device=device)
+    return out, new_state
+
+
+def _layout(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The tensor itself or a copy, and whether its channels (else its steps) are contiguous."""
+    _, d, l = x.shape
+    # An axis of size 1 is contiguous whatever its stride; a single step is best read along the channels.
+    if d == 1 or x.stride(1) == 1:
+        if l == 1 or x.stride(2) != 1:
+            return x, True
+        return x, False
+    if l > 1 and x.stride(2) == 1:
+        return x, False
+    return x.contiguous(), l == 1
+
+
+def _aligned(tensor: torch.Tensor, strides: tuple[int, ...], elements: int) -> bool:
+    """Whether groups of ``elements``, at most 16 bytes, never straddle; strides are in elements."""
+    width = min(16, elements * tensor.element_size())
+    starts = (tensor.data_ptr(), *(stride * tensor.element_size() for stride in strides))
+    return all(start % width == 0 for start in starts)
+
+
+def _on(device: torch.device, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device != device:
+        raise ShapeError(f"causal_conv1d: `{name}` is on {tensor.device}, expected {device} as `x`")
+    return tensor
+
+
+def _vector(
+    name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor | None:
+    """A dense float32 tensor of that shape, or None."""
+    if tensor is None:
+        return None
+    if tensor.shape != shape or tensor.dtype != torch.float32:
+        raise ShapeError(
+            f"causal_conv1d: `{name}` must be {shape} float32, got {tuple(tensor.shape)} {tensor.dtype}"
+        )
+    return _on(device, name, contiguous(name, tensor))
+
+
+def _words(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A dense tensor that starts on a word: four int8 taps are read as one."""
+    dense = _on(device, name, contiguous(name, tensor))
+    return dense if dense.data_ptr() % 4 == 0 else dense.clone()
+
+
+def _ceil(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def _power_of_two(value: int) -> int:
+    """The smallest power of two that is at least ``value``."""
+    return 1 << (value - 1).bit_length()

@@ -1,0 +1,150 @@
+"""The int8 grid on CUDA; `quant.grid` is the definition, and every result equals it bit for bit."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from qmamba_cli.errors import ShapeError
+from qmamba_cli.kernels._launch import launch, require_cuda
+from qmamba_cli.quant.grid import reciprocal
+
+SOURCE = "quantize/quantize.cu"
+ENTRIES = (
+    "convert_rows<float, signed char>",
+    "convert_rows<signed char, float>",
+    "quantize_token_channels",
+    "quantize_token_time",
+)
+
+_THREADS = 256
+# Elements of a block: 4 groups of 4 a thread, as in the kernel.
+_BLOCK_ELEMENTS = _THREADS * 16
+_WARP = 32
+_MAX_GRID_Y = 65535
+
+
+class Rows(NamedTuple):
+    """A tensor as rows of contiguous elements, and an output whose rows are dense and in the same order."""
+
+    x: torch.Tensor
+    out: torch.Tensor
+    rows: int
+    inner: int
+    stride: int
+
+
+def quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """Float32 to int8; see `quant.grid.quantize`. Dense tensors and channel slices keep their axis order."""
+    return _convert(x, torch.float32, torch.int8, reciprocal(scale))
+
+
+def dequantize(q: torch.Tensor, scale: float) -> torch.Tensor:
+    """Int8 to float32; see `quant.grid.dequantize`. Dense tensors and channel slices keep their order."""
+    return _convert(q, torch.int8, torch.float32, scale)
+
+
+def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 to int8 with one scale a token; see `quant.grid.quantize_per_token`.
+
+    x (b, d, l) may have contiguous channels or contiguous time and any stride along the other; q gets the
+    same axis contiguous, dense. Any other x is copied.
+
+    Raises:
+        ShapeError: x is not (b, d, l) float32 on a GPU, or has no channels.
+    """
+    _require("x", x, torch.float32)
+    if x.dim() != 3 or x.shape[1] < 1:
+        raise ShapeError(f"quantize_per_token: `x` must be (b, d, l) with d >= 1, got {tuple(x.shape)}")
+    b, d, l = x.shape
+    scale = torch.empty(b, l, device=x.device)
+    channels = d == 1 or x.stride(1) == 1
+    if not channels and l > 1 and x.stride(2) != 1:
+        x = x.contiguous()
+    if channels:
+        q = torch.empty(b, l, d, dtype=torch.int8, device=x.device).transpose(1, 2)
+    else:
+        q = torch.empty(b, d, l, dtype=torch.int8, device=x.device)
+    if b == 0 or l == 0:
+        return q, scale
+    shape = (np.int32(d), np.int32(l), np.int64(x.stride(0)))
+    if channels:
+        vector = _aligned(x, x.stride(0) if b > 1 else 0, x.stride(2) if l > 1 else 0) and d % 4 == 0
+        launch(
+            SOURCE,
+            "quantize_token_channels",
+            grid=(l, b, 1),
+            block=(_THREADS, 1, 1),
+            args=[x, q, scale, *shape, np.int64(x.stride(2)), np.int32(vector)],
+            device=x.device,
+        )
+    else:
+        launch(
+            SOURCE,
+            "quantize_token_time",
+            grid=(-(-l // _WARP), b, 1),
+            block=(_WARP, _WARP, 1),
+            args=[x, q, scale, *shape, np.int64(x.stride(1))],
+            device=x.device,
+        )
+    return q, scale
+
+
+def as_rows(x: torch.Tensor, dtype: torch.dtype) -> Rows:
+    """How an elementwise kernel walks x, with a new output of ``dtype``; x is copied if nothing else fits."""
+    out = torch.empty_like(x, dtype=dtype)
+    if out.stride() == x.stride():
+        return Rows(x, out, 1, x.numel(), x.numel())
+    # A slice of the channels of a wider tensor: (b, d, l) as a view of (b, l, d).
+    channels_last = x.transpose(1, 2) if x.dim() == 3 and x.stride(1) == 1 else x
+    *_, inner = channels_last.shape if x.dim() else (1,)
+    if x.dim() >= 2 and channels_last.stride(-1) == 1 and _one_stride(channels_last):
+        out = torch.empty(channels_last.shape, dtype=dtype, device=x.device)
+        rows = channels_last.numel() // max(inner, 1)
+        back = out if channels_last is x else out.transpose(1, 2)
+        return Rows(x, back, rows, inner, channels_last.stride(-2))
+    x = x.contiguous()
+    return Rows(x, torch.empty_like(x, dtype=dtype), 1, x.numel(), x.numel())
+
+
+def _one_stride(x: torch.Tensor) -> bool:
+    """Whether all axes but the last are walked by the stride of the one before the last."""
+    return all(x.shape[i] == 1 or x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
+
+
+def _convert(x: torch.Tensor, wanted: torch.dtype, dtype: torch.dtype, factor: float) -> torch.Tensor:
+    _require("x", x, wanted)
+    view = as_rows(x, dtype)
+    if view.out.numel() == 0:
+        return view.out
+    entry = ENTRIES[0] if dtype == torch.int8 else ENTRIES[1]
+    vector = _aligned(view.x, *((view.stride,) if view.rows > 1 else ()))
+    vector = vector and (view.rows == 1 or view.inner % 4 == 0)
+    launch(
+        SOURCE,
+        entry,
+        grid=(-(-view.inner // _BLOCK_ELEMENTS), min(view.rows, _MAX_GRID_Y), 1),
+        block=(_THREADS, 1, 1),
+        args=[
+            view.x,
+            view.out,
+            np.int64(view.rows),
+            np.int64(view.inner),
+            np.int64(view.stride),
+            np.int32(vector),
+            np.float32(factor),
+        ],
+        device=x.device,
+    )
+    return view.out
+
+
+def _aligned(x: torch.Tensor, *strides: int) -> bool:
+    """Whether groups of four never straddle; strides are in elements."""
+    return x.data_ptr() % (4 * x.element_size()) == 0 and all(stride % 4 == 0 for stride in strides)
+
+
+def _require(name: str, x: torch.Tensor, dtype: torch.dtype) -> None:
+    require_cuda(name, x)
+    if x.dtype != dtype:
+        raise ShapeError(f"`{name}` is {x.dtype}, expected {dtype}")

@@ -1,0 +1,396 @@
+// Selective scan of Mamba-1, float32 inside; three kernels for one formula.
+//
+//   delta_t = softplus(dt_t + dt_bias)
+//   h_t[n]  = exp(delta_t * A[n]) * h_{t-1}[n] + (delta_t * u_t) * B_t[n]
+//   out_t   = (sum_n C_t[n] * h_t[n] + D * u_t) * silu(z_t)
+//
+// Shapes: u, dt, z rows of d channels, B, C rows of n states, one row a time step; consecutive channels (states)
+//   are adjacent, rows and batches have any stride and any alignment. y (b, l, d) and the states are dense.
+//
+// Threads
+//   walk   LPC lanes share a channel, S states each in registers; time runs from left to right. A lane loads,
+//          finishes and stores every LPC-th step; B and C come through shared memory, one tile ahead:
+//             lane      0          1          0          1        (LPC = 2, one channel)
+//             states    0..7       8..15      0..7       8..15
+//             owns      step 0     step 1     step 2     step 3
+//   lanes  LN lanes share a channel, 16 consecutive steps each; states are the outer loop. A lane runs its steps
+//          from zero, a shuffle scan of (decay, state) gives its true start, it runs them again. Parallel over
+//          the sequence: for few channels.
+//   step   one token; a lane owns 4 states.
+//
+// Numerics: exp(x) = ex2.approx(x * log2 e), relative error 2^-22.5, results below 2^-126 are zero. softplus
+//   = max(v, 0) + e * q(e), e = exp(-|v|), q a polynomial for log1p(e) / e with relative error below 1e-7: the
+//   reference's threshold of 20 holds by itself, since log1p(exp(-20)) is below half an ulp of 20. The gate divides
+//   by a number in [1, 2] with __fdividef (2 ulp). The recurrence and the sum over states use fmaf. walk and step
+//   take steps left to right; lanes differs by the order of its float32 sums. y comes from the unrounded state.
+//   B's scale joins delta * u and C's scale the sum, so int8 B and C enter as exact integers.
+// Limits: n <= S * LPC (walk), 16 (lanes), 4 * lanes_per_channel (step); padded states stay zero.
+// Source: Gu and Dao, "Mamba" (2023), algorithm 2. The kernels are ours.
+#include "numerics.cuh"
+#include "selective_scan.cuh"
+
+constexpr int CHUNK = 64;       // steps between chunk states, as in reference.py
+constexpr int SEGMENT = 16;     // consecutive steps of one lane (lanes)
+constexpr int PADDED = 20;      // floats of a segment in shared memory: 8 lanes reading 16 bytes hit all 32 banks
+constexpr int LANES_STATES = 16;
+constexpr int WALK_THREADS = 128;
+constexpr int STEP_STATES = 4;
+
+// The parameters of every kernel. Strides are in elements; scales are real units a step, 1 for float operands.
+//   u_inv_scale != 0 puts a float u on the grid first. state_inv_scale != 0: states are int8, else float32.
+//   state_in (b, d, n) or null for zeros; state_out (b, d, n); chunk_states (b, ceil(l / CHUNK), d, n) or null.
+//   blocks_x: blocks along the channels; blockIdx.x = batch * blocks_x + block of channels.
+#define SCAN_PARAMETERS                                                                                     \
+  const U *__restrict__ u, const In *__restrict__ dt, const In *__restrict__ z, const In *__restrict__ B,   \
+      const In *__restrict__ C, const float *__restrict__ A, const float *__restrict__ D,                   \
+      const float *__restrict__ dt_bias, const void *__restrict__ state_in, void *__restrict__ state_out,   \
+      float *__restrict__ chunk_states, float *__restrict__ y, long long u_batch, long long u_row,          \
+      long long dt_batch, long long dt_row, long long z_batch, long long z_row, long long b_batch,          \
+      long long b_row, long long c_batch, long long c_row, float u_scale, float u_inv_scale, float dt_scale, \
+      float b_scale, float c_scale, float z_scale, float state_scale, float state_inv_scale, int d, int l,  \
+      int n, int blocks_x, int lanes_per_channel
+
+__device__ constexpr int at_least(int value, int least) { return value < least ? least : value; }
+
+template <typename In, typename U, int S, int LPC>
+__global__ void __launch_bounds__(WALK_THREADS, S* LPC == 16 && LPC == 2 ? 5 : 4)
+    selective_scan_walk(SCAN_PARAMETERS) {
+  using RawIn = typename RawOf<In>::type;
+  using RawU = typename RawOf<U>::type;
+  constexpr int N = S * LPC, TILE = at_least(512 / N, LPC), RUN = at_least(8, LPC), GROUPS = RUN / LPC;
+  constexpr int PIECES = TILE * N / WALK_THREADS;  // of B, and as many of C, that a thread stages
+  static_assert(TILE % RUN == 0 && CHUNK % TILE == 0 && S % 4 == 0, "tile, run and chunk must nest");
+  __shared__ __align__(16) float shared_b[2][TILE * N];  // [buffer][step][state]
+  __shared__ __align__(16) float shared_c[2][TILE * N];
+
+  const int tid = threadIdx.x, q = tid % LPC;
+  const int batch = blockIdx.x / blocks_x;
+  const int c_own = (blockIdx.x % blocks_x) * (WALK_THREADS / LPC) + tid / LPC;
+  const bool live = c_own < d;
+  const int c = live ? c_own : d - 1;
+  // Each at the next step that this thread fetches or stores.
+  const U* u_at = u + batch * u_batch + q * u_row + c;
+  const In* dt_at = dt + batch * dt_batch + q * dt_row + c;
+  const In* z_at = z + batch * z_batch + q * z_row + c;
+  const In* b_at = B + batch * b_batch + tid / N * b_row + tid % N;
+  const In* c_at = C + batch * c_batch + tid / N * c_row + tid % N;
+  float* y_at = y + (static_cast<long long>(batch) * l + q) * d + c;
+  const long long state_at = (static_cast<long long>(batch) * d + c) * n + q * S;
+  const bool state_valid = tid % N < n;
+
+  float h[S], A2[S];
+#pragma unroll
+  for (int s = 0; s < S; s++) {
+    const bool valid = q * S + s < n;
+    A2[s] = valid ? A[static_cast<long long>(c) * n + q * S + s] * LOG2E : 0.0f;
+    h[s] = valid ? load_state(state_in, state_at + s, state_scale, state_inv_scale) : 0.0f;
+  }
+  const float bias = dt_bias[c], skip_weight = D[c];
+
+  RawIn b_raw[PIECES], c_raw[PIECES], dt_raw[GROUPS], z_raw[GROUPS];
+  RawU u_raw[GROUPS];
+  auto fetch_rows = [&](int t0) {
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+      const int t = t0 + tid / N + i * (WALK_THREADS / N);
+      const bool valid = state_valid && t < l;
+      b_raw[i] = valid ? load_raw(b_at) : load_zero(b_at);
+      c_raw[i] = valid ? load_raw(c_at) : load_zero(c_at);
+      b_at += WALK_THREADS / N * b_row;
+      c_at += WALK_THREADS / N * c_row;
+    }
+  };
+  auto stage_rows = [&](int buffer) {
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+      shared_b[buffer][tid + i * WALK_THREADS] = steps_of(b_raw[i]);
+      shared_c[buffer][tid + i * WALK_THREADS] = steps_of(c_raw[i]);
+    }
+  };
+  auto fetch_run = [&](int t0) {
+#pragma unroll
+    for (int g = 0; g < GROUPS; g++) {
+      const bool valid = t0 + g * LPC + q < l;
+      dt_raw[g] = valid ? load_raw(dt_at) : load_zero(dt_at);
+      u_raw[g] = valid ? load_raw(u_at) : load_zero(u_at);
+      z_raw[g] = valid ? load_raw(z_at) : load_zero(z_at);
+      dt_at += LPC * dt_row;
+      u_at += LPC * u_row;
+      z_at += LPC * z_row;
+    }
+  };
+
+  fetch_rows(0);
+  fetch_run(0);
+  stage_rows(0);
+  __syncthreads();
+  int buffer = 0;
+  for (int t0 = 0; t0 < l; t0 += TILE) {
+    fetch_rows(t0 + TILE);
+#pragma unroll 1
+    for (int r = 0; r < TILE && t0 + r < l; r += RUN) {
+      float delta[GROUPS], driven[GROUPS], skip[GROUPS];
+      RawIn z_now[GROUPS];
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) {
+        // Steps behind the end leave the state: their delta is zero.
+        const bool inside = t0 + r + g * LPC + q < l;
+        const float u_now = u_of(u_raw[g], u_scale, u_inv_scale);
+        delta[g] = inside ? delta_of(dt_raw[g], dt_scale, bias) : 0.0f;
+        driven[g] = delta[g] * u_now * b_scale;
+        skip[g] = skip_weight * u_now;
+        z_now[g] = z_raw[g];
+      }
+      fetch_run(t0 + r + RUN);
+#pragma unroll
+      for (int g = 0; g < GROUPS; g++) {
+        float sums[LPC];
+#pragma unroll
+        for (int e = 0; e < LPC; e++) {
+          const float delta_t = __shfl_sync(0xffffffffu, delta[g], e, LPC);
+          const float driven_t = __shfl_sync(0xffffffffu, driven[g], e, LPC);
+          const int row = (r + g * LPC + e) * N + q * S;
+          const float4* b4 = reinterpret_cast<const float4*>(&shared_b[buffer][row]);
+          const float4* c4 = reinterpret_cast<const float4*>(&shared_c[buffer][row]);
+          float sum = 0.0f;
+#pragma unroll
+          for (int s = 0; s < S; s += 4) {
+            const float4 bv = b4[s / 4], cv = c4[s / 4];
+            h[s] = fmaf(exp2_approx(delta_t * A2[s]), h[s], driven_t * bv.x);
+            h[s + 1] = fmaf(exp2_approx(delta_t * A2[s + 1]), h[s + 1], driven_t * bv.y);
+            h[s + 2] = fmaf(exp2_approx(delta_t * A2[s + 2]), h[s + 2], driven_t * bv.z);
+            h[s + 3] = fmaf(exp2_approx(delta_t * A2[s + 3]), h[s + 3], driven_t * bv.w);
+            sum = fmaf(cv.x, h[s], sum);
+            sum = fmaf(cv.y, h[s + 1], sum);
+            sum = fmaf(cv.z, h[s + 2], sum);
+            sum = fmaf(cv.w, h[s + 3], sum);
+          }
+          sums[e] = sum;
+        }
+        const float total = reduce_scatter<LPC>(sums, q);
+        const float out = fmaf(c_scale, total, skip[g]) * gate(real_of(z_now[g], z_scale));
+        if (live && t0 + r + g * LPC + q < l) *y_at = out;
+        y_at += static_cast<long long>(LPC) * d;
+      }
+    }
+    const bool chunk_ends = (t0 + TILE) % CHUNK == 0 || t0 + TILE >= l;
+    if (chunk_states != nullptr && chunk_ends && live) {
+      const int chunk = t0 / CHUNK, chunks = (l - 1) / CHUNK + 1;
+      float* at = chunk_states + ((static_cast<long long>(batch) * chunks + chunk) * d + c) * n + q * S;
+#pragma unroll
+      for (int s = 0; s < S; s++) {
+        if (q * S + s < n) at[s] = h[s];
+      }
+    }
+    // The other buffer was last read before the barrier above.
+    buffer ^= 1;
+    stage_rows(buffer);
+    __syncthreads();
+  }
+#pragma unroll
+  for (int s = 0; s < S; s++) {
+    if (live && q * S + s < n) store_state(state_out, state_at + s, h[s], state_inv_scale);
+  }
+}
+
+// Where step t of a tile lies in a channel's row of a staged operand, and 16 consecutive steps from there.
+__device__ __forceinline__ int staged_at(const signed char*, int t) { return t; }
+__device__ __forceinline__ int staged_at(const float*, int t) { return t / SEGMENT * PADDED + t % SEGMENT; }
+template <typename T, int LN>
+__device__ constexpr int staged_row() {
+  return sizeof(T) == 1 ? LN * SEGMENT + 16 : LN * PADDED + 4;
+}
+// From one step to the LN-th after it.
+template <typename T, int LN>
+__device__ constexpr int staged_stride() {
+  return sizeof(T) == 1 ? LN : LN / SEGMENT * PADDED;
+}
+__device__ __forceinline__ void read_segment(const signed char* row, int lane, unsigned int (&raw)[SEGMENT]) {
+  const uint4 w = *reinterpret_cast<const uint4*>(row + lane * SEGMENT);
+  const unsigned int words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int i = 0; i < SEGMENT; i++) raw[i] = words[i / 4] >> (8 * (i % 4));
+}
+__device__ __forceinline__ void read_segment(const float* row, int lane, float (&values)[SEGMENT]) {
+  const float4* at = reinterpret_cast<const float4*>(row + lane * PADDED);
+#pragma unroll
+  for (int k = 0; k < SEGMENT / 4; k++) {
+    const float4 v = at[k];
+    values[4 * k] = v.x;
+    values[4 * k + 1] = v.y;
+    values[4 * k + 2] = v.z;
+    values[4 * k + 3] = v.w;
+  }
+}
+
+// Dynamic shared memory, cuda.py counts the same: B, C [16][row]; y [channel][row]; A, h [channel][16];
+// dt, z, u [channel][row of their type].
+template <typename In, typename U, int LN>
+__global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) selective_scan_lanes(SCAN_PARAMETERS) {
+  constexpr int N = LANES_STATES, TILE = LN * SEGMENT, ROW = LN * PADDED + 4;
+  constexpr int IN_ROW = staged_row<In, LN>(), U_ROW = staged_row<U, LN>();
+  constexpr int IN_STRIDE = staged_stride<In, LN>(), U_STRIDE = staged_stride<U, LN>();
+  const int threads = blockDim.x, channels = threads / LN;
+  extern __shared__ __align__(16) float shared_floats[];
+  float* shared_b = shared_floats;
+  float* shared_c = shared_b + N * ROW;
+  float* shared_y = shared_c + N * ROW;
+  float* shared_A = shared_y + channels * ROW;
+  float* shared_h = shared_A + channels * N;
+  In* shared_dt = reinterpret_cast<In*>(shared_h + channels * N);
+  In* shared_z = shared_dt + channels * IN_ROW;
+  U* shared_u = reinterpret_cast<U*>(shared_z + channels * IN_ROW);
+
+  const int tid = threadIdx.x, lane = tid % LN, ch = tid / LN;
+  const int batch = blockIdx.x / blocks_x, c0 = (blockIdx.x % blocks_x) * channels;
+  const int c = min(c0 + ch, d - 1);
+  const bool live = c0 + ch < d;
+  // In loads and stores of rows a thread keeps one channel and takes every LN-th step.
+  const int row_ch = tid % channels, row_step = tid / channels;
+  const bool row_live = c0 + row_ch < d;
+  const U* u_at = u + batch * u_batch + row_step * u_row + c0 + row_ch;
+  const In* dt_at = dt + batch * dt_batch + row_step * dt_row + c0 + row_ch;
+  const In* z_at = z + batch * z_batch + row_step * z_row + c0 + row_ch;
+  float* y_at = y + (static_cast<long long>(batch) * l + row_step) * d + c0 + row_ch;
+  In* const staged_dt = shared_dt + row_ch * IN_ROW + staged_at(shared_dt, row_step);
+  In* const staged_z = shared_z + row_ch * IN_ROW + staged_at(shared_z, row_step);
+  U* const staged_u = shared_u + row_ch * U_ROW + staged_at(shared_u, row_step);
+  const float* const staged_y = shared_y + row_ch * ROW + staged_at(shared_y, row_step);
+  const In* b_at = B + batch * b_batch + tid % N;
+  const In* c_at = C + batch * c_batch + tid % N;
+  const bool state_valid = tid % N < n;
+  const float bias = dt_bias[c], skip_weight = D[row_live ? c0 + row_ch : d - 1];
+  const int chunks = (l - 1) / CHUNK + 1;
+  const long long state_at = (static_cast<long long>(batch) * d + c) * n;
+
+  for (int i = lane; i < N; i += LN) {
+    const bool valid = i < n;
+    shared_A[ch * N + i] = valid ? A[static_cast<long long>(c) * n + i] * LOG2E : 0.0f;
+    shared_h[ch * N + i] = valid ? load_state(state_in, state_at + i, state_scale, state_inv_scale) : 0.0f;
+  }
+  for (int t0 = 0; t0 < l; t0 += TILE) {
+#pragma unroll 8
+    for (int k = 0; k < SEGMENT; k++) {
+      const bool valid = row_live && t0 + row_step + k * LN < l;
+      staged_dt[k * IN_STRIDE] = valid ? *dt_at : In(0);
+      staged_z[k * IN_STRIDE] = valid ? *z_at : In(0);
+      staged_u[k * U_STRIDE] = valid ? *u_at : U(0);
+      dt_at += LN * dt_row;
+      z_at += LN * z_row;
+      u_at += LN * u_row;
+    }
+#pragma unroll 4
+    for (int t = tid / N; t < TILE; t += threads / N) {
+      const bool valid = state_valid && t0 + t < l;
+      const int at = tid % N * ROW + staged_at(shared_b, t);
+      shared_b[at] = steps_of(valid ? load_raw(b_at + (t0 + t) * b_row) : load_zero(b_at));
+      shared_c[at] = steps_of(valid ? load_raw(c_at + (t0 + t) * c_row) : load_zero(c_at));
+    }
+    __syncthreads();
+
+    const int left = l - t0 - lane * SEGMENT;
+    float delta[SEGMENT], driven[SEGMENT], sums[SEGMENT], span = 0.0f;
+    {
+      typename RawOf<In>::type dt_raw[SEGMENT];
+      typename RawOf<U>::type u_raw[SEGMENT];
+      read_segment(shared_dt + ch * IN_ROW, lane, dt_raw);
+      read_segment(shared_u + ch * U_ROW, lane, u_raw);
+#pragma unroll
+      for (int i = 0; i < SEGMENT; i++) {
+        delta[i] = i < left ? delta_of(dt_raw[i], dt_scale, bias) : 0.0f;
+        driven[i] = delta[i] * u_of(u_raw[i], u_scale, u_inv_scale) * b_scale;
+        sums[i] = 0.0f;
+        span += delta[i];
+      }
+    }
+    // A chunk ends with every fourth lane; the lane of the last chunk also has the state after the last token.
+    const int chunk = (t0 + lane * SEGMENT) / CHUNK;
+    const bool ends = live && (lane + 1) % (CHUNK / SEGMENT) == 0 && chunk < chunks;
+    const bool last = ends && chunk == chunks - 1;
+    float* chunk_at = ends && chunk_states != nullptr
+                          ? chunk_states + ((static_cast<long long>(batch) * chunks + chunk) * d + c) * n
+                          : nullptr;
+#pragma unroll 1
+    for (int i_state = 0; i_state < N; i_state++) {
+      const float A2 = shared_A[ch * N + i_state];
+      const float carry = lane == 0 ? shared_h[ch * N + i_state] : 0.0f;
+      float decay[SEGMENT], increment[SEGMENT], C_now[SEGMENT];
+      read_segment(shared_b + i_state * ROW, lane, increment);
+      float h = carry;
+#pragma unroll
+      for (int i = 0; i < SEGMENT; i++) {
+        decay[i] = exp2_approx(delta[i] * A2);
+        increment[i] *= driven[i];
+        h = fmaf(decay[i], h, increment[i]);
+      }
+      float P = exp2_approx(span * A2);
+#pragma unroll
+      for (int s = 1; s < LN; s *= 2) {
+        const float P_before = __shfl_up_sync(0xffffffffu, P, s, LN);
+        const float h_before = __shfl_up_sync(0xffffffffu, h, s, LN);
+        if (lane >= s) {
+          h = fmaf(P, h_before, h);
+          P *= P_before;
+        }
+      }
+      if (chunk_at != nullptr && i_state < n) chunk_at[i_state] = h;
+      if (last && i_state < n) store_state(state_out, state_at + i_state, h, state_inv_scale);
+      __syncwarp();
+      if (lane == LN - 1) shared_h[ch * N + i_state] = h;
+      const float h_start = __shfl_up_sync(0xffffffffu, h, 1, LN);
+      h = lane == 0 ? carry : h_start;
+      read_segment(shared_c + i_state * ROW, lane, C_now);
+#pragma unroll
+      for (int i = 0; i < SEGMENT; i++) {
+        h = fmaf(decay[i], h, increment[i]);
+        sums[i] = fmaf(C_now[i], h, sums[i]);
+      }
+    }
+    float4* sums_at = reinterpret_cast<float4*>(shared_y + ch * ROW + lane * PADDED);
+#pragma unroll
+    for (int k = 0; k < SEGMENT / 4; k++) {
+      sums_at[k] = make_float4(sums[4 * k], sums[4 * k + 1], sums[4 * k + 2], sums[4 * k + 3]);
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (int k = 0; k < SEGMENT; k++) {
+      const float u_now = u_of(load_raw(staged_u + k * U_STRIDE), u_scale, u_inv_scale);
+      const float z_now = real_of(load_raw(staged_z + k * IN_STRIDE), z_scale);
+      const float out = fmaf(c_scale, staged_y[k * (LN / SEGMENT * PADDED)], skip_weight * u_now) * gate(z_now);
+      if (row_live && t0 + row_step + k * LN < l) *y_at = out;
+      y_at += static_cast<long long>(LN) * d;
+    }
+  }
+}
+
+// l = 1. lanes_per_channel is a power of two up to 32; chunk_states has one chunk.
+template <typename In, typename U>
+__global__ void __launch_bounds__(128) selective_scan_step(SCAN_PARAMETERS) {
+  const int batch = blockIdx.x / blocks_x;
+  const int index = (blockIdx.x % blocks_x) * blockDim.x + threadIdx.x;
+  const int q = threadIdx.x & (lanes_per_channel - 1), c_own = index / lanes_per_channel;
+  const bool live = c_own < d;
+  const int c = live ? c_own : d - 1;
+  const float u_now = u_of(load_raw(u + batch * u_batch + c), u_scale, u_inv_scale);
+  const float delta = delta_of(load_raw(dt + batch * dt_batch + c), dt_scale, dt_bias[c]);
+  const float z_now = real_of(load_raw(z + batch * z_batch + c), z_scale);
+  const float driven = delta * u_now * b_scale;
+  const long long state_at = (static_cast<long long>(batch) * d + c) * n;
+  float sum = 0.0f;
+#pragma unroll
+  for (int s = 0; s < STEP_STATES; s++) {
+    const int i = q * STEP_STATES + s;
+    if (i < n) {
+      const float before = load_state(state_in, state_at + i, state_scale, state_inv_scale);
+      const float decay = exp2_approx(delta * (A[static_cast<long long>(c) * n + i] * LOG2E));
+      const float h = fmaf(decay, before, driven * steps_of(load_raw(B + batch * b_batch + i)));
+      sum = fmaf(steps_of(load_raw(C + batch * c_batch + i)), h, sum);
+      if (live) {
+        store_state(state_out, state_at + i, h, state_inv_scale);
+        if (chunk_states != nullptr) chunk_states[state_at + i] = h;
+      }
+    }
+  }
+  for (int o = lanes_per_channel / 2; o >= 1; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+  if (live && q == 0) y[static_cast<long long>(batch) * d + c] = fmaf(c_scale, sum, D[c] * u_now) * gate(z_now);
+}

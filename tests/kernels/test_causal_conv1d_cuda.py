@@ -1,0 +1,315 @@
+import inspect
+
+import pytest
+import tolerances
+import torch
+from close import assert_close, assert_exact, assert_grid
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmamba_cli.errors import ShapeError
+from qmamba_cli.kernels.causal_conv1d import cuda, reference
+from qmamba_cli.kernels.causal_conv1d.reference import ConvState
+
+gpu = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+X_SCALE = 0.037
+KINDS = ("static", "token", "float")
+LAYOUTS = ("time", "channels", "half", "shifted", "padded", "strided")
+# (b, d, l): every length with few channels, every width with few steps, every batch.
+SHAPES = (
+    *((2, 31, l) for l in (1, 2, 3, 4, 63, 64, 65, 127, 129)),
+    *((1, 8, l) for l in (1023, 1025, 2049, 8193)),
+    *((3, d, 5) for d in (8, 31, 64, 96, 512, 1536, 5120)),
+    (8, 64, 16),
+    (1, 1, 1),
+    (1, 1, 40),
+)
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def shape_id(shape):
+    return "b{}-d{}-l{}".format(*shape)
+
+
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same (b, d, l) values on the GPU, in another order or amid other elements."""
+    x = x.to(DEVICE)
+    b, d, l = x.shape
+    fill = 0x55
+    match layout:
+        case "time":
+            return x
+        case "channels":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        case "half":
+            wide = x.new_full((b, l, 2 * d), fill)
+            view = wide[:, :, :d].transpose(1, 2)
+        case "shifted":
+            wide = x.new_full((b, l, d + 3), fill)
+            view = wide[:, :, 1 : d + 1].transpose(1, 2)
+        case "padded":
+            view = x.new_full((b, d, (l + 31) // 16 * 16), fill)[:, :, :l]
+        case _:
+            view = x.new_full((b, d, l, 2), fill)[..., 0]
+    view.copy_(x)
+    return view
+
+
+def make(rng, shape, kind, *, w=4, with_bias=True, with_state=True):
+    """Operands on the CPU: x, keyword arguments."""
+    b, d, l = shape
+    bias = torch.randn(d, generator=rng) if with_bias else None
+    state_scale = None
+    if kind == "float":
+        x, weight = torch.randn(b, d, l, generator=rng), torch.randn(d, w, generator=rng)
+        history = torch.randn(b, d, w - 1, generator=rng)
+        scales = {}
+    else:
+        x, weight, history = (
+            torch.randint(-128, 128, size, dtype=torch.int8, generator=rng)
+            for size in ((b, d, l), (d, w), (b, d, w - 1))
+        )
+        weight_scale = torch.rand(d, generator=rng) * 4e-3 + 1e-5
+        x_scale = X_SCALE
+        if kind == "token":
+            x_scale = torch.rand(b, l, generator=rng) * 0.05 + 1e-4
+            state_scale = torch.rand(b, w - 1, generator=rng) * 0.05 + 1e-4
+        scales = {"x_scale": x_scale, "weight_scale": weight_scale}
+    state = ConvState(history, state_scale) if with_state else None
+    return x, {"weight": weight, "bias": bias, "state": state, **scales}
+
+
+def to_gpu(value):
+    if isinstance(value, ConvState):
+        return ConvState(*(to_gpu(part) for part in value))
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+
+def run(x, options, *, layout="time", **more):
+    """The kernel with operands moved to the GPU, its results on the CPU."""
+    moved = {name: to_gpu(value) for name, value in options.items()}
+    out, state = cuda.causal_conv1d(lay_out(x, layout), **moved, **more)
+    return out.cpu(), ConvState(state.values.cpu(), None if state.scale is None else state.scale.cpu())
+
+
+def exact(x, options):
+    """Float64 result and the magnitude that its rounding is measured by, without a loop over time."""
+    weight, bias, state = options["weight"].double(), options["bias"], options["state"]
+    b, d, _ = x.shape
+    w = weight.shape[1]
+    padded = torch.cat([x.new_zeros(b, d, w - 1) if state is None else state.values, x], dim=2).double()
+    scale = options.get("x_scale")
+    if isinstance(scale, torch.Tensor):
+        before = torch.ones(b, w - 1) if state is None else state.scale
+        padded *= torch.cat([before, scale], dim=1).double().unsqueeze(1)
+    elif scale is not None:
+        padded *= torch.tensor(scale).double()
+    if "weight_scale" in options:
+        weight = weight * options["weight_scale"].double().unsqueeze(1)
+    terms = padded.unfold(2, w, 1) * weight[:, None]
+    offset = torch.zeros(d, 1).double() if bias is None else bias.double().unsqueeze(1)
+    a = terms.sum(3) + offset
+    return a * torch.sigmoid(a), terms.abs().sum(3) + offset.abs()
+
+
+def check_all(x, options, layout):
+    w = options["weight"].shape[1]
+    expected, magnitude = exact(x, options)
+    v, state = run(x, options, layout=layout)
+    assert_close("causal_conv1d", v, expected, tolerances.CONV.budget(magnitude, w + 6))
+    step = max(float(expected.abs().max()) / 127, 1e-6)
+    # The last scale saturates about half of the elements.
+    for out_scale in (step, step / 50):
+        q, same_state = run(x, options, layout=layout, out_scale=out_scale)
+        wanted, wanted_state = reference.causal_conv1d(x, **options, out_scale=out_scale)
+        row = tolerances.GRID
+        assert_grid("causal_conv1d", q, wanted, share=row.share, steps=row.steps)
+        for got in (state, same_state):
+            assert_exact("state", got.values, wanted_state.values)
+            if wanted_state.scale is not None:
+                assert_exact("state.scale", got.scale, wanted_state.scale)
+
+
+def test_the_signature_is_the_reference_s():
+    assert inspect.signature(cuda.causal_conv1d) == inspect.signature(reference.causal_conv1d)
+
+
+@given(
+    b=st.integers(1, 9),
+    d=st.integers(1, 6000),
+    l=st.integers(1, 200_000),
+    multiprocessors=st.sampled_from([1, 20, 108, 132]),
+)
+@settings(deadline=None, max_examples=60)
+def test_every_element_has_one_thread(b, d, l, multiprocessors):
+    for steps in (4, 16):
+        config = cuda.time_config(b, d, l, steps=steps, multiprocessors=multiprocessors)
+        x, y, _ = config.block
+        along = x * steps
+        assert (config.grid[1] - 1) * along < l <= config.grid[1] * along
+        down = y * config.span
+        assert (config.grid[0] - 1) * down < d <= config.grid[0] * down
+        assert x * y <= 128 and config.grid[1] <= 65535 and config.grid[2] == b
+
+    config = cuda.channels_config(b, d, l, multiprocessors=multiprocessors)
+    x, y, _ = config.block
+    assert (config.grid[0] - 1) * 4 * x < d <= config.grid[0] * 4 * x
+    assert (config.grid[1] - 1) * y * config.span < l <= config.grid[1] * y * config.span
+    assert x * y <= 128 and config.grid[1] <= 65535 and config.grid[2] == b
+    assert config.span % 4 == 0
+
+
+def test_very_long_sequences_fit_the_grid():
+    config = cuda.channels_config(1, 4, 2**30, multiprocessors=132)
+    assert config.grid[1] <= 65535 and config.grid[1] * config.block[1] * config.span >= 2**30
+
+
+def test_entries_are_distinct():
+    assert len(set(cuda.ENTRIES)) == len(cuda.ENTRIES) == 12
+
+
+def test_a_cpu_tensor_is_refused():
+    with pytest.raises(ShapeError, match="expected a CUDA tensor"):
+        cuda.causal_conv1d(torch.zeros(1, 4, 4), torch.zeros(4, 4), None)
+
+
+@gpu
+@kinds
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("layout", ["time", "channels"])
+def test_shapes(poisoned_memory, torch_rng, shape, kind, layout):
+    check_all(*make(torch_rng, shape, kind), layout)
+
+
+@gpu
+@kinds
+@layouts
+@pytest.mark.parametrize("w", [2, 3, 4], ids="w{}".format)
+@pytest.mark.parametrize("l", [1, 2, 21, 64])
+def test_layouts_and_widths(poisoned_memory, torch_rng, kind, layout, w, l):
+    for with_bias, with_state in ((True, False), (False, True)):
+        options = make(torch_rng, (2, 36, l), kind, w=w, with_bias=with_bias, with_state=with_state)
+        check_all(*options, layout)
+
+
+@gpu
+@kinds
+def test_float_bits_depend_on_nothing_but_the_window(torch_rng, kind):
+    x, options = make(torch_rng, (2, 37, 97), kind)
+    expected, _ = run(x, options)
+    for layout in LAYOUTS:
+        assert_exact(layout, run(x, options, layout=layout)[0], expected)
+    for cut in (1, 4, 50, 96):
+        for layout in ("time", "channels"):
+            parts, state = [], options["state"]
+            for piece in (slice(None, cut), slice(cut, None)):
+                each = {**options, "state": state}
+                if kind == "token":
+                    each["x_scale"] = options["x_scale"][:, piece]
+                part, state = run(x[:, :, piece], each, layout=layout)
+                parts.append(part)
+            assert_exact(f"cut {cut}", torch.cat(parts, dim=2), expected)
+
+
+@gpu
+@kinds
+def test_token_by_token_with_int8_outputs(torch_rng, kind):
+    x, options = make(torch_rng, (3, 40, 33), kind)
+    wanted, last = reference.causal_conv1d(x, **options, out_scale=0.05)
+    parts, state = [], options["state"]
+    for t in range(33):
+        each = {**options, "state": state}
+        if kind == "token":
+            each["x_scale"] = options["x_scale"][:, t : t + 1]
+        part, state = run(x[:, :, t : t + 1], each, out_scale=0.05)
+        parts.append(part)
+    row = tolerances.GRID
+    assert_grid("decode", torch.cat(parts, dim=2), wanted, share=row.share, steps=row.steps)
+    assert_exact("state", state.values, last.values)
+
+
+@gpu
+@pytest.mark.parametrize("layout", ["time", "channels"])
+@pytest.mark.parametrize("out_scale", [1e-8, 1e-7, 1e-6, 1e-3, 1.0, 1e4, 1e6])
+@pytest.mark.parametrize("weight_scale", [1e-8, 1e-3, 1.0, 1e3])
+def test_extreme_values_and_scales(layout, out_scale, weight_scale):
+    # All corners of the window, a saturated stretch and zeros: sums reach the largest |sum| of four products.
+    corners = torch.cartesian_prod(*[torch.tensor([-128, 127, 0])] * 4).flatten()
+    x = corners.to(torch.int8).expand(1, 8, -1).contiguous()
+    weight = torch.tensor([[-128] * 4, [127] * 4, [-128, 127, -128, 127], [0, 0, 0, 1]] * 2, dtype=torch.int8)
+    options = {
+        "weight": weight,
+        "bias": torch.tensor([0.0] * 4 + [-80.0, 80.0, 1e5, -1e5]),
+        "state": None,
+        "x_scale": 1.0,
+        "weight_scale": torch.full((8,), weight_scale),
+    }
+    q, _ = run(x, options, layout=layout, out_scale=out_scale)
+    wanted, _ = reference.causal_conv1d(x, **options, out_scale=out_scale)
+    # Few distinct values: one tie may fill more than the usual share, so only the steps are bounded.
+    assert_grid("extremes", q, wanted, share=0.02, steps=1)
+    v, _ = run(x, options, layout=layout)
+    expected, magnitude = exact(x, options)
+    assert_close("extremes", v, expected, tolerances.CONV.budget(magnitude, 10))
+
+
+@gpu
+@kinds
+@pytest.mark.parametrize("layout", ["time", "channels"])
+@pytest.mark.parametrize("out_scale", [None, 0.05])
+def test_nothing_is_written_beside_the_outputs(monkeypatch, torch_rng, kind, layout, out_scale):
+    x, options = make(torch_rng, (3, 37, 83), kind)
+    moved = {name: to_gpu(value) for name, value in options.items()}
+    laid = lay_out(x, layout)
+    guard, blocks, empty = 512, [], torch.empty
+
+    def guarded(*shape, dtype=torch.float32, device=None):
+        sizes = torch.Size(shape)
+        count = sizes.numel() * dtype.itemsize
+        block = empty(count + 2 * guard, dtype=torch.uint8, device=device).fill_(0x55)
+        blocks.append((block, count))
+        return block[guard : guard + count].view(dtype).view(sizes)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    cuda.causal_conv1d(laid, **moved, out_scale=out_scale)
+    monkeypatch.undo()
+    assert len(blocks) == (3 if kind == "token" else 2)
+    for block, count in blocks:
+        assert bool((block[:guard] == 0x55).all()) and bool((block[guard + count :] == 0x55).all())
+
+
+@gpu
+@kinds
+def test_two_runs_give_the_same_bits_and_leave_the_arguments_alone(torch_rng, kind):
+    x, options = make(torch_rng, (2, 96, 129), kind)
+    moved = {name: to_gpu(value) for name, value in options.items()}
+    for layout in ("time", "channels"):
+        laid = lay_out(x, layout)
+        first, first_state = cuda.causal_conv1d(laid, **moved, out_scale=0.05)
+        again, again_state = cuda.causal_conv1d(laid, **moved, out_scale=0.05)
+        assert torch.equal(first, again) and torch.equal(first_state.values, again_state.values)
+        assert_exact("x", laid.cpu(), x)
+        assert_exact("state", moved["state"].values.cpu(), options["state"].values)
+
+
+@gpu
+def test_the_output_has_the_input_s_layout(torch_rng):
+    x, options = make(torch_rng, (2, 24, 40), "static")
+    moved = {name: to_gpu(value) for name, value in options.items()}
+    assert cuda.causal_conv1d(lay_out(x, "time"), **moved)[0].is_contiguous()
+    assert cuda.causal_conv1d(lay_out(x, "half"), **moved)[0].transpose(1, 2).is_contiguous()
+
+
+@gpu
+def test_operands_elsewhere_or_of_another_dtype_are_refused(torch_rng):
+    x, options = make(torch_rng, (2, 8, 9), "static")
+    moved = {name: to_gpu(value) for name, value in options.items()}
+    with pytest.raises(ShapeError, match="`bias`"):
+        cuda.causal_conv1d(x.to(DEVICE), **{**moved, "bias": options["bias"]})
+    with pytest.raises(ShapeError, match="`weight_scale` must be"):
+        cuda.causal_conv1d(x.to(DEVICE), **{**moved, "weight_scale": moved["weight_scale"].double()})
+    with pytest.raises(ShapeError, match="scale must be finite and > 0"):
+        cuda.causal_conv1d(x.to(DEVICE), **moved, out_scale=0.0)
