@@ -6,8 +6,9 @@ kept as it is.
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import typer.main
 
@@ -19,15 +20,24 @@ WIDTH = 100
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+def commands() -> dict[str, Any]:
+    """Name → command, in the order of the program's help page."""
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
 def help_pages() -> dict[str, str]:
     """Command line → its ``--help``, the program's own first, 100 columns wide."""
     group = typer.main.get_command(app)
-    settings = {"terminal_width": WIDTH, "max_content_width": WIDTH, "resilient_parsing": True}
+    settings: dict[str, Any] = {
+        "terminal_width": WIDTH,
+        "max_content_width": WIDTH,
+        "resilient_parsing": True,
+    }
     context = group.make_context("qmamba", [], **settings)
     pages = {"qmamba": group.get_help(context)}
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        inner = command.make_context(name, [], parent=context, **settings)
-        pages[f"qmamba {name}"] = command.get_help(inner)
+    for name, command in commands().items():
+        pages[f"qmamba {name}"] = command.get_help(command.make_context(name, [], parent=context, **settings))
     return pages
 
 
@@ -65,7 +75,7 @@ def modes_variables() -> str:
     return _table(("variables that say `true`", "mode"), [*rows, ("none", f"`{DEFAULT_MODE}`")])
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

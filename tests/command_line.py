@@ -26,6 +26,8 @@ from qmamba_cli.resources import demo_model_path
 # Small on purpose: what is measured on them are relations, not the demo model's quality.
 CALIBRATE = ("calibrate", "demo", "--samples", "8", "--seqlen", "64", "--batch-size", "4")
 WORKDIR = "qmamba-artifacts"
+SMALL = ("--samples", 4, "--seqlen", 32, "--batch-size", 4)
+SCORE = ("--task", "lastword", "--limit", 1)
 # Nothing from the tester's own shell selects a mode or colours the output.
 _UNSET = {*VARIABLES, "NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES", "TERM"}
 
@@ -99,6 +101,13 @@ def refused(outcome: Outcome, code: int, *expected: str) -> Outcome:
     for part in expected:
         assert part in outcome.err, outcome.err
     return outcome
+
+
+def refused_in(folder: Path, code: int, *arguments: object, parts: tuple[str, ...], **variables: str) -> None:
+    """`refused`, with the folder as it was, hidden files and all."""
+    before = tree(folder)
+    refused(qmamba(*arguments, cwd=folder, **variables), code, *parts)
+    assert tree(folder) == before
 
 
 def tree(folder: Path) -> Mapping[str, str]:

@@ -11,19 +11,21 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from qmamba_cli import __version__, console
+from qmamba_cli import __version__, console, tools
 from qmamba_cli.errors import QmambaError, UsageError
 from qmamba_cli.modes import COLUMNS, DEFAULT_MODE, MODES, VARIABLES, Mode, mode_by_name, mode_from_variables
-from qmamba_cli.report import (
-    problem_of,
-    show_calibration,
-    show_checks,
-    show_demo,
-    show_export,
-    show_inspection,
-    show_modes,
-    show_results,
+from qmamba_cli.options import (
+    DEFAULT_WORKDIR,
+    BackendName,
+    DryRun,
+    Force,
+    Json,
+    Offline,
+    Quiet,
+    TokenizerFrom,
+    Workdir,
 )
+from qmamba_cli.report import problem_of, show_calibration, show_export, show_results
 
 EXIT_INTERRUPTED = 130
 _EXIT_CODES = (
@@ -46,18 +48,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Workdir = Annotated[Path, typer.Option("--workdir", help="Folder through which the stages find each other.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Use only the Hub's local cache.")]
-TokenizerFrom = Annotated[
-    str | None, typer.Option("--tokenizer", help="Folder or Hub id of the tokenizer, if not the model's own.")
-]
-BackendName = Annotated[str, typer.Option("--backend", help="auto, cpu or cuda.")]
-DEFAULT_WORKDIR = Path("qmamba-artifacts")
 
 
 def _version(wanted: bool) -> None:
@@ -318,61 +308,8 @@ def _chosen_mode(name: str | None, assignments: list[str]) -> Mode:
     return row.with_columns(changes)
 
 
-@app.command()
-def modes(as_json: Json = False) -> None:
-    """Show the table of numeric modes."""
-    show_modes(as_json=as_json)
-
-
-@app.command()
-def inspect(
-    path: Annotated[Path, typer.Argument(help="Quantized file or calibration folder.")],
-    as_json: Json = False,
-) -> None:
-    """Show what an artifact holds and where it comes from."""
-    from qmamba_cli.stages.inspect import inspect as stage
-
-    show_inspection(stage(path), as_json=as_json)
-
-
-@app.command()
-def verify(
-    path: Annotated[Path, typer.Argument(help="Quantized file, calibration folder or work folder.")],
-    calibration: Annotated[
-        Path | None, typer.Option(help="Calibration of a quantized file; the work folder's if left out.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Source checkpoint; the one on record if left out.")
-    ] = None,
-    workdir: Workdir = DEFAULT_WORKDIR,
-    as_json: Json = False,
-    offline: Offline = False,
-) -> None:
-    """Check every digest of an artifact and its lineage back to the source checkpoint."""
-    from qmamba_cli.stages.inspect import verify as stage
-
-    checks = stage(path, calibration=calibration, model=model, workdir=workdir, offline=offline)
-    show_checks(path, checks, as_json=as_json)
-
-
-@app.command()
-def demo(
-    folder: Annotated[Path, typer.Option(help="Where the demo's artifacts go.")] = Path("demo-out"),
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    limit: Annotated[int | None, typer.Option(help="Last-word documents; all if left out.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens for perplexity and KL.")] = 16,
-    w_bits: Annotated[int, typer.Option(help="Bits of in_proj and out_proj: 4 or 8.")] = 4,
-    backend: BackendName = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run the whole pipeline on the bundled model: calibrate, export, every mode, one table."""
-    from qmamba_cli.stages.demo import DemoOptions
-
-    options = DemoOptions(
-        folder=folder, samples=samples, limit=limit, windows=windows, w_bits=w_bits, backend=backend
-    )
-    show_demo(options, progress=console.progress(quiet=quiet or as_json), as_json=as_json)
+for _command in tools.COMMANDS:
+    app.command()(_command)
 
 
 def main() -> NoReturn:

@@ -98,7 +98,8 @@ def test_a_decode_step_is_captured_by_a_cuda_graph(demo, cuda):
     graph = torch.cuda.CUDAGraph()
     with torch.inference_mode(), torch.cuda.graph(graph):
         captured = model.forward(token, state)[0]
-    captured.zero_()
+    with torch.inference_mode():
+        captured.zero_()
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)

@@ -20,8 +20,8 @@ from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_tas
 
 # Bits → mode → KL. Rows that are equal bit for bit in prefill stand once.
 KL: Mapping[int, Mapping[str, float]] = {
-    8: {"0": 0, "2-1": 0, "2-4": 0, "3": 0},
-    4: {"0": 0, "2-1": 0, "2-4": 0, "3": 0},
+    8: {"0": 0.007750, "2-1": 0.007750, "2-4": 0.005650, "3": 0.005495},
+    4: {"0": 0.04477, "2-1": 0.04477, "2-4": 0.04194, "3": 0.04215},
 }
 # Rounding of another machine's sums moves single codes by one step.
 TOLERANCE = 0.1

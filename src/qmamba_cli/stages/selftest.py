@@ -1,12 +1,13 @@
 """Every CUDA kernel against its reference on this machine's GPU, and compiling them without one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import torch
 
+from qmamba_cli.kernels._compile import ARCHITECTURES, Compiled, compile_all
 from qmamba_cli.kernels.backend import CPU, Backend, select_backend
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.modes import ScanOrder
@@ -77,29 +78,49 @@ class Outcome:
         return self.budget_used <= 1.0
 
 
-def selftest(*, backend: str = "cuda", progress: Progress = silent) -> Iterator[Outcome]:
-    """Compare every operator of a backend with the reference.
+def selftest(*, progress: Progress = silent) -> tuple[list[Outcome], float]:
+    """Compare every operator of the `cuda` backend with the reference.
+
+    Returns:
+        The outcomes, and the bandwidth of a device copy in GB/s, read and written bytes counted.
 
     Raises:
         DeviceError: the backend cannot run here.
     """
-    ops = select_backend(backend)
-    rows = cases()
-    with progress("checking kernels", len(rows)) as advance:
+    ops = select_backend("cuda")
+    rows, outcomes = cases(), []
+    with progress("compiling and checking kernels", len(rows)) as advance:
         for case in rows:
-            yield _run(case, ops)
+            outcomes.append(run_case(case, ops))
             advance(1)
+    return outcomes, _copy_gb_s(ops.device)
 
 
-def copy_gb_s(device: torch.device) -> float:
-    """Bandwidth of a device copy, read and written bytes counted."""
+def compile_kernels(architectures: Sequence[str] | None, *, progress: Progress = silent) -> list[Compiled]:
+    """Compile every kernel for some architectures, or for all that are supported; needs no GPU.
+
+    Raises:
+        UsageError: an architecture is unknown.
+        DeviceError: CuPy or NVRTC is missing, or a kernel does not compile.
+    """
+    wanted = architectures or ARCHITECTURES
+    compiled = []
+    with progress("compiling kernels", len(wanted)) as advance:
+        for arch in wanted:
+            compiled += list(compile_all(arch))
+            advance(1)
+    return compiled
+
+
+def _copy_gb_s(device: torch.device) -> float:
     source = torch.empty(1 << 26, device=device).normal_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / _median_ms(lambda: target.copy_(source), device) / 1e6
 
 
 @torch.inference_mode()
-def _run(case: Case, ops: Backend) -> Outcome:
+def run_case(case: Case, ops: Backend) -> Outcome:
+    """Run one case on a backend and on the reference."""
     expected = case.call(CPU, case.inputs)
     moved = {name: tensor.to(ops.device) for name, tensor in case.inputs.items()}
     got = case.call(ops, moved).cpu()

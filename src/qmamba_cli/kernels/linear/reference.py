@@ -103,6 +103,11 @@ def _int_mm_is_exact() -> bool:
 def check_operands(
     x: torch.Tensor, weight: torch.Tensor, x_scale: float | None, weight_scale: torch.Tensor | None
 ) -> None:
+    """What every backend's `linear` refuses.
+
+    Raises:
+        ShapeError: the last axes differ, or dtypes and scales do not belong together.
+    """
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(
             f"linear: `x` has {x.shape[-1]} columns, expected those of `weight` {tuple(weight.shape)}"

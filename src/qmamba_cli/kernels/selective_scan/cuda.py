@@ -29,9 +29,9 @@ _LANES_SHAPES = ((16, 10, 2), (32, 12, 1))
 _LANES_STATES, _SEGMENT, _PADDED = 16, 16, 20
 # Below this length a tile of the lanes kernel would be mostly padding.
 _LANES_MIN_LENGTH = 128
-# Channels (b * d) a multiprocessor: up to the first number the lanes kernel fills the GPU better than walking,
-# from the second number on two lanes a channel fill it. Between what an H200 (132 multiprocessors) showed at
-# 5 120 and 12 288 channels, and at 12 288 and 40 960.
+# Channels (b * d) a multiprocessor: up to the first number the lanes kernel fills the GPU better than
+# walking, from the second number on two lanes a channel fill it. Between what an H200 (132 multiprocessors)
+# showed at 5 120 and 12 288 channels, and at 12 288 and 40 960.
 _LANES_MAX_CHANNELS = 60
 _TWO_LANES_MIN_CHANNELS = 150
 # Warps of a multiprocessor that keep its exp unit busy.

@@ -356,7 +356,8 @@ __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) select
     for (int k = 0; k < SEGMENT; k++) {
       const float u_now = u_of(load_raw(staged_u + k * U_STRIDE), u_scale, u_inv_scale);
       const float z_now = real_of(load_raw(staged_z + k * IN_STRIDE), z_scale);
-      const float out = fmaf(c_scale, staged_y[k * (LN / SEGMENT * PADDED)], skip_weight * u_now) * gate(z_now);
+      const float sum = staged_y[k * (LN / SEGMENT * PADDED)];
+      const float out = fmaf(c_scale, sum, skip_weight * u_now) * gate(z_now);
       if (row_live && t0 + row_step + k * LN < l) *y_at = out;
       y_at += static_cast<long long>(LN) * d;
     }

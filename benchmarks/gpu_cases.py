@@ -1,0 +1,149 @@
+"""Kernel shapes that are timed on a GPU, with the floors, goals and peers measured on one NVIDIA H200.
+
+A peer is the best fp16 kernel of another project at the same shape. Inputs lie as the model lays them out:
+channels contiguous, z and B, C as slices of wider rows.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from qmamba_cli.kernels.backend import Backend
+from qmamba_cli.modes import ScanOrder
+
+D_STATE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuCase:
+    """One timed kernel.
+
+    Attributes:
+        name: operator, grids and shape.
+        make: allocates inputs on the GPU and returns the call that is timed.
+        bytes: bytes read and written at least once.
+        exps: exponentials of the recurrence; 0 where there are none.
+        floor_ms: what the bytes or the exponentials alone take, or None.
+        goal_ms: what the kernel should reach, or None.
+        peer_ms: the best fp16 peer, or None.
+    """
+
+    name: str
+    make: Callable[[Backend], Callable[[], object]]
+    bytes: int
+    exps: int = 0
+    floor_ms: float | None = None
+    goal_ms: float | None = None
+    peer_ms: float | None = None
+
+
+def cases() -> Iterator[GpuCase]:
+    """Every case, operator by operator."""
+    for e, b, length, floor, goal, peer in (
+        (5120, 1, 2048, 0.0049, 0.0115, 0.0160),
+        (5120, 8, 1024, 0.0196, 0.028, 0.0525),
+        (1536, 8, 1024, None, None, None),
+    ):
+        shape = f"e={e} b={b} l={length}"
+        yield GpuCase(
+            name=f"causal_conv1d i8 to i8, {shape}",
+            make=_conv(e, b, length, 0.05),
+            bytes=2 * e * b * length,
+            floor_ms=floor,
+            goal_ms=goal,
+            peer_ms=peer,
+        )
+        yield GpuCase(
+            name=f"causal_conv1d i8 to f32, {shape}",
+            make=_conv(e, b, length, None),
+            bytes=5 * e * b * length,
+            floor_ms=0.0123 if b == 1 else None,
+            goal_ms=0.0172 if b == 1 else None,
+            peer_ms=0.0260 if b == 1 else None,
+        )
+    for e, b, length, floor, goal, peer in (
+        (5120, 1, 2048, 0.040, 0.095, 0.194),
+        (5120, 8, 1024, 0.160, 0.27, 0.679),
+        (1536, 8, 1024, 0.048, 0.10, 0.217),
+        (1536, 1, 1024, 0.006, 0.02, 0.0464),
+    ):
+        for order in ScanOrder:
+            goals = (floor, goal, peer) if order is ScanOrder.CHUNKED else (None, None, None)
+            yield GpuCase(
+                name=f"selective_scan {order}, i8 u, e={e} b={b} l={length}",
+                make=_scan(e, b, length, order),
+                bytes=7 * e * b * length,
+                exps=D_STATE * e * b * length,
+                floor_ms=goals[0],
+                goal_ms=goals[1],
+                peer_ms=goals[2],
+            )
+    for rows, width, floor, goal, peer in (
+        (2048, 5120, 0.0074, 0.018, 0.0345),
+        (8192, 5120, 0.0295, 0.050, 0.1126),
+        (8192, 1536, None, None, 0.0229),
+    ):
+        for dtype, size in ((torch.float16, 2), (torch.float32, 4)):
+            half = dtype is torch.float16
+            yield GpuCase(
+                name=f"hadamard {'f16' if half else 'f32'} to i8, {rows} x {width}",
+                make=_hadamard(rows, width, dtype),
+                bytes=(size + 1) * rows * width,
+                floor_ms=floor if half else None,
+                goal_ms=goal if half else None,
+                peer_ms=peer if half else None,
+            )
+
+
+def _codes(*shape: int) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
+
+
+def _conv(e: int, b: int, length: int, out_scale: float | None) -> Callable[[Backend], Callable[[], object]]:
+    def make(ops: Backend) -> Callable[[], object]:
+        x = _codes(b, length, 2 * e).transpose(1, 2)[:, :e]
+        weight, scale = _codes(e, 4), torch.rand(e, device="cuda") * 0.002 + 1e-4
+        bias = torch.randn(e, device="cuda") * 0.1
+        return lambda: ops.causal_conv1d(
+            x, weight, bias, x_scale=0.03, weight_scale=scale, out_scale=out_scale
+        )
+
+    return make
+
+
+def _scan(e: int, b: int, length: int, order: ScanOrder) -> Callable[[Backend], Callable[[], object]]:
+    def make(ops: Backend) -> Callable[[], object]:
+        n, rank = D_STATE, e // 32
+        u, dt = _codes(b, length, e).transpose(1, 2), _codes(b, length, e).transpose(1, 2)
+        z = _codes(b, length, 2 * e).transpose(1, 2)[:, e:]
+        low = _codes(b, length, rank + 2 * n).transpose(1, 2)
+        A = -torch.arange(1, n + 1, dtype=torch.float32, device="cuda").expand(e, n).contiguous()
+        D, dt_bias = torch.randn(e, device="cuda"), torch.randn(e, device="cuda") - 3
+        return lambda: ops.selective_scan(
+            u,
+            dt,
+            A,
+            low[:, rank : rank + n],
+            low[:, rank + n :],
+            D,
+            z,
+            dt_bias,
+            order=order,
+            u_scale=0.02,
+            dt_scale=0.02,
+            b_scale=0.02,
+            c_scale=0.02,
+            z_scale=0.02,
+            state_scale=0.01,
+        )
+
+    return make
+
+
+def _hadamard(rows: int, width: int, dtype: torch.dtype) -> Callable[[Backend], Callable[[], object]]:
+    def make(ops: Backend) -> Callable[[], object]:
+        y = torch.randn(rows, width, device="cuda").to(dtype)
+        return lambda: ops.hadamard(y, out_scale=0.03)
+
+    return make
