@@ -4,8 +4,8 @@
 
 Every case runs on random data, its call captured in a CUDA graph, so that no launch from Python is timed. A
 time is the median of CUDA-event timings; before each run a buffer larger than the L2 cache is written and
-another is read, so that a kernel finds neither its inputs nor dirty lines there. The copy bandwidth of the card
-is measured in the same run. Floors, goals and peers were measured on one NVIDIA H200.
+another is read, so that a kernel finds neither its inputs nor dirty lines there. The copy bandwidth of the
+card is measured in the same run. Floors, goals and peers were measured on one NVIDIA H200.
 """
 
 import argparse

@@ -4,8 +4,9 @@
     python benchmarks/run.py prefill-0 decode-0     some; --list names them
     python benchmarks/run.py --json bench.json      also write the numbers
 
-Both sides of a ratio are timed in one run, in turns, so that a busy machine slows both alike. The operators'
-tests run first: nothing is timed where one fails.
+Both sides of a ratio are timed in one run, in turns. That does not make up for a busy machine, which slows
+the two sides unequally: trust a ratio only where its range over the rounds, printed beside it, is narrow. The
+operators' tests run first: nothing is timed where one fails.
 """
 
 import argparse
@@ -126,8 +127,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _seconds(sides: Sequence[Timed], repeat: int) -> list[float]:
-    """Median seconds of each side, timed in turns after one warm-up each."""
+def _seconds(sides: Sequence[Timed], repeat: int) -> list[list[float]]:
+    """Seconds of each side in each round, timed in turns after one warm-up each."""
     times: list[list[float]] = [[] for _ in sides]
     for side in sides:
         side()
@@ -136,7 +137,7 @@ def _seconds(sides: Sequence[Timed], repeat: int) -> list[float]:
             begin = time.perf_counter()
             side()
             times[index].append(time.perf_counter() - begin)
-    return [statistics.median(values) for values in times]
+    return times
 
 
 def _model_rows(cases: list[ModelCase], repeat: int) -> list[dict[str, Any]]:
@@ -157,13 +158,24 @@ def _model_rows(cases: list[ModelCase], repeat: int) -> list[dict[str, Any]]:
             rows += [
                 {
                     **asdict(case),
-                    "tokens_per_second": case.tokens / seconds,
-                    "transformers_tokens_per_second": case.tokens / reference,
-                    "ratio": reference / seconds,
+                    "tokens_per_second": case.tokens / statistics.median(seconds),
+                    "transformers_tokens_per_second": case.tokens / statistics.median(reference),
+                    **_ratios(reference, seconds),
                 }
                 for case, seconds in zip(group, measured, strict=True)
             ]
     return rows
+
+
+def _ratios(reference: Sequence[float], seconds: Sequence[float]) -> dict[str, float | int]:
+    """Median and range of the ratios round by round, so that a stalled call shows and does not decide."""
+    ratios = [theirs / ours for theirs, ours in zip(reference, seconds, strict=True)]
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "rounds": len(ratios),
+    }
 
 
 def _quantized_demo(folder: Path, w_bits: int) -> Path:
@@ -215,7 +227,8 @@ def _operator_rows(cases: list[OpCase], repeat: int) -> list[dict[str, Any]]:
     rows = []
     inputs = _operators() if cases else {}
     for case in cases:
-        (seconds,) = _seconds([inputs[case.op, case.variant]], repeat)
+        (times,) = _seconds([inputs[case.op, case.variant]], repeat)
+        seconds = statistics.median(times)
         rows.append(
             {
                 **asdict(case),
@@ -281,7 +294,7 @@ def _show(
         table = Table(title="demo model, CPU: tokens a second, quantized and transformers float32")
         for column in ("case", "weights", "mode", "b", "l"):
             table.add_column(column)
-        for column in ("quantized", "float", "ratio"):
+        for column in ("quantized", "float", "ratio", "range"):
             table.add_column(column, justify="right")
         for row in models:
             table.add_row(
@@ -293,6 +306,7 @@ def _show(
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['transformers_tokens_per_second']:,.0f}",
                 f"{row['ratio']:.2f}",
+                f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}",
             )
         console.print(table)
     if operators:

@@ -67,7 +67,7 @@ def test_a_page_without_its_marks_is_refused(tmp_path: Path, monkeypatch: pytest
 
 def test_help_pages_are_plain_and_narrow() -> None:
     pages = generator.help_pages()
-    assert len(pages) == 8
+    assert len(pages) == 9
     for name, text in pages.items():
         assert text.startswith(f"Usage: {name} ")
         assert "\x1b" not in text

@@ -33,6 +33,8 @@ LAYERS = {
     "tokenizer": 3,
     "stages": 4,
     "cli": 5,
+    "options": 5,
+    "tools": 5,
     "console": 5,
     "report": 5,
     "__main__": 5,
@@ -43,6 +45,7 @@ REFUSED = {(unit, "artifacts") for unit in ("model", "evaluation", "text", "toke
     ("cli", "kernels"),
     ("console", "kernels"),
     ("report", "kernels"),
+    ("tools", "kernels"),
 }
 # Imports inside a layer.
 SIBLINGS = {
@@ -53,7 +56,12 @@ SIBLINGS = {
     ("text", "tokenizer"),
     ("report", "console"),
     ("cli", "console"),
+    ("cli", "options"),
     ("cli", "report"),
+    ("cli", "tools"),
+    ("tools", "console"),
+    ("tools", "options"),
+    ("tools", "report"),
     ("__main__", "cli"),
 }
 # Packages a unit may import beside the standard library; a unit not listed may import any dependency.

@@ -23,13 +23,12 @@ from qmamba_cli.sites import site_keys
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from qmamba_cli.kernels._compile import Compiled
     from qmamba_cli.stages.calibrate import CalibrateReport
     from qmamba_cli.stages.demo import DemoOptions
     from qmamba_cli.stages.export import ExportReport
     from qmamba_cli.stages.inspect import Check, Inspection
     from qmamba_cli.stages.parts import Part
-    from qmamba_cli.stages.selftest import Outcome
+    from qmamba_cli.stages.selftest import Compiled, Outcome
 
 _DIGEST = 12
 # How much of lm-eval's layout a person wants to see, and in what order.

@@ -298,7 +298,8 @@ def test_damaged_header_or_pickle_never_escapes(tmp_path: Path, data: st.DataObj
     except CheckpointError as error:
         assert error.message
     else:
-        assert len(checkpoint.names) == 22
+        # One more where the changed byte parts a tied head from the embedding it was stored with.
+        assert len(checkpoint.names) in (22, 23)
 
 
 def _model_bytes(tmp_path: Path, weights: str) -> bytes:

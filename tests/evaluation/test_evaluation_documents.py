@@ -174,5 +174,5 @@ def test_an_unknown_task_lists_the_tasks() -> None:
     with pytest.raises(UsageError) as caught:
         task_by_name("hellaswag")
     assert caught.value.message == (
-        "unknown task, got `hellaswag`, expected one of lambada_openai, lastword, perplexity"
+        "unknown task `hellaswag`, expected one of lambada_openai, lastword, perplexity"
     )

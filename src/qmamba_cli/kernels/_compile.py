@@ -49,7 +49,7 @@ def compile_all(arch: str) -> Iterator[Compiled]:
     """
     if arch not in ARCHITECTURES:
         raise UsageError(f"unknown architecture `{arch}`, expected one of {', '.join(ARCHITECTURES)}")
-    nvrtc = _nvrtc()
+    nvrtc = require_nvrtc()
     options = (*COMPILE_OPTIONS, "-ftz=true", f"-arch={arch}", *(f"-I{path}" for path in _header_folders()))
     for operator, (source, names) in entries().items():
         started = time.perf_counter()
@@ -74,7 +74,12 @@ def compile_all(arch: str) -> Iterator[Compiled]:
         )
 
 
-def _nvrtc() -> Any:
+def require_nvrtc() -> Any:
+    """CuPy's binding of NVRTC, the run-time compiler.
+
+    Raises:
+        DeviceError: CuPy or NVRTC is missing.
+    """
     try:
         from cupy_backends.cuda.libs import nvrtc
 

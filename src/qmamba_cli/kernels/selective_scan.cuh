@@ -81,6 +81,177 @@ __device__ __forceinline__ void store_state(void* state, long long i, float h, f
   }
 }
 
+// The gate of every int8 code, or, of float32 operands, no table; the second argument names the type.
+__device__ __forceinline__ void fill_gates(float* gates, const signed char*, float z_scale) {
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = gate(real_of(static_cast<unsigned int>(i), z_scale));
+}
+__device__ __forceinline__ void fill_gates(float*, const float*, float) {}
+__device__ __forceinline__ float gate_of(const float* gates, unsigned int raw) { return gates[raw]; }
+__device__ __forceinline__ float gate_of(const float*, float z) { return gate(z); }
+
+// BYTES (4, 8 or 16, all of them aligned) from global to shared memory behind the thread's back; zeros if !valid.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+  const unsigned int to_shared = static_cast<unsigned int>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to_shared), "l"(from), "n"(BYTES),
+               "r"(valid ? BYTES : 0)
+               : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Whether every row that starts at p + i * row allows accesses of BYTES.
+template <int BYTES, typename T>
+__device__ __forceinline__ bool rows_aligned(const T* p, long long row) {
+  const unsigned long long start = reinterpret_cast<unsigned long long>(p);
+  return (start | static_cast<unsigned long long>(row * static_cast<long long>(sizeof(T)))) % BYTES == 0;
+}
+
+// A tile of STEPS rows of CHANNELS, dense in shared memory; behind `steps` rows and `channels` it is zero.
+// `aligned` promises 16-byte rows (or as many as there are) and CHANNELS channels.
+template <int STEPS, int CHANNELS, int THREADS, typename T>
+__device__ __forceinline__ void copy_tile(T* to, const T* from, long long row, int steps, int channels,
+                                          bool aligned) {
+  constexpr int BYTES = CHANNELS * sizeof(T) < 16 ? CHANNELS * sizeof(T) : 16;
+  constexpr int WIDTH = BYTES / sizeof(T), PIECES = CHANNELS / WIDTH;
+  if (aligned) {
+#pragma unroll
+    for (int k = 0; k < (STEPS * PIECES - 1) / THREADS + 1; k++) {
+      const int i = threadIdx.x + k * THREADS, step = i / PIECES, at = i % PIECES * WIDTH;
+      const bool valid = step < steps;
+      if (STEPS * PIECES % THREADS != 0 && step >= STEPS) break;
+      copy_async<BYTES>(to + step * CHANNELS + at, from + (valid ? step : 0) * row + at, valid);
+    }
+  } else {
+    static_assert(STEPS * CHANNELS % THREADS == 0, "every thread copies as much");
+#pragma unroll 4
+    for (int k = 0; k < STEPS * CHANNELS / THREADS; k++) {
+      const int i = threadIdx.x + k * THREADS, step = i / CHANNELS, at = i % CHANNELS;
+      to[i] = step < steps && at < channels ? from[step * row + at] : T(0);
+    }
+  }
+}
+
+// 4 rows of 4 bytes to their transpose.
+__device__ __forceinline__ void transpose_bytes(unsigned int (&w)[4]) {
+  const unsigned int low01 = __byte_perm(w[0], w[1], 0x5140), low23 = __byte_perm(w[2], w[3], 0x5140);
+  const unsigned int high01 = __byte_perm(w[0], w[1], 0x7362), high23 = __byte_perm(w[2], w[3], 0x7362);
+  w[0] = __byte_perm(low01, low23, 0x5410);
+  w[1] = __byte_perm(low01, low23, 0x7632);
+  w[2] = __byte_perm(high01, high23, 0x5410);
+  w[3] = __byte_perm(high01, high23, 0x7632);
+}
+
+// Of the kernel whose lanes share a channel's steps; a tile has LN segments.
+constexpr int SEGMENT = 16;  // consecutive steps of one lane
+constexpr int PADDED = 20;   // floats of a segment in shared memory: 8 lanes reading 16 bytes hit all 32 banks
+constexpr int LANES_STATES = 16;
+
+// Where step t of a tile lies in a channel's row of a staged operand, and 16 consecutive steps from there.
+__device__ __forceinline__ int staged_at(const signed char*, int t) { return t; }
+__device__ __forceinline__ int staged_at(const float*, int t) { return t / SEGMENT * PADDED + t % SEGMENT; }
+template <typename T, int LN>
+__device__ constexpr int staged_row() {
+  return sizeof(T) == 1 ? LN * SEGMENT + 16 : LN * PADDED + 4;
+}
+__device__ __forceinline__ unsigned int load_word(const signed char* p) {
+  return *reinterpret_cast<const unsigned int*>(p);
+}
+
+// A tile of LN * SEGMENT rows of `channels` to [channel][step]; behind `steps` rows and `channels_here` it is zero.
+// Where words allow it, a thread transposes 4 steps of 4 channels.
+template <int LN, typename T>
+__device__ __forceinline__ void stage_channels(T* to, int to_row, const T* from, long long row, int steps,
+                                               int channels, int channels_here) {
+  if constexpr (sizeof(T) == 1) {
+    if (channels % 4 == 0 && channels_here == channels && rows_aligned<4>(from, row)) {
+      const int quads = channels / 4, at = threadIdx.x % quads * 4, t = threadIdx.x / quads * 4;
+      const T* p = from + t * row + at;
+      unsigned int w[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++) w[k] = t + k < steps ? load_word(p + k * row) : 0u;
+      transpose_bytes(w);
+#pragma unroll
+      for (int k = 0; k < 4; k++) *reinterpret_cast<unsigned int*>(to + (at + k) * to_row + t) = w[k];
+      return;
+    }
+  }
+  const int ch = threadIdx.x % channels, first = threadIdx.x / channels;
+#pragma unroll 8
+  for (int k = 0; k < SEGMENT; k++) {
+    const int t = first + k * LN;
+    to[ch * to_row + staged_at(to, t)] = ch < channels_here && t < steps ? from[t * row + ch] : T(0);
+  }
+}
+
+// The same rows of B or C to float [state][step], zero behind n states.
+template <int LN, typename T>
+__device__ __forceinline__ void stage_states(float* to, const T* from, long long row, int steps, int n) {
+  constexpr int N = LANES_STATES, ROW = LN * PADDED + 4;
+  if constexpr (sizeof(T) == 1) {
+    if (n == N && rows_aligned<4>(from, row)) {
+      const int at = threadIdx.x % (N / 4) * 4;
+#pragma unroll 4
+      for (int t = threadIdx.x / (N / 4); t < LN * SEGMENT; t += blockDim.x / (N / 4)) {
+        const unsigned int w = t < steps ? load_word(from + t * row + at) : 0u;
+        float* to_t = to + at * ROW + staged_at(to, t);
+#pragma unroll
+        for (int k = 0; k < 4; k++) to_t[k * ROW] = steps_of(__byte_perm(w, 0u, 0x4440u | k));
+      }
+      return;
+    }
+  }
+  const int state = threadIdx.x % N;
+#pragma unroll 4
+  for (int t = threadIdx.x / N; t < LN * SEGMENT; t += blockDim.x / N) {
+    const T* p = from + t * row + state;
+    to[state * ROW + staged_at(to, t)] = steps_of(state < n && t < steps ? load_raw(p) : load_zero(p));
+  }
+}
+
+// A tile of y, staged as [channel][step], to rows of d floats.
+template <int LN>
+__device__ __forceinline__ void store_channels(float* to, const float* from, int d, int steps, int channels,
+                                               int channels_here) {
+  constexpr int ROW = LN * PADDED + 4;
+  if (channels % 4 == 0 && channels_here == channels && d % 4 == 0) {
+    const int quads = channels / 4, at = threadIdx.x % quads * 4, first = threadIdx.x / quads;
+#pragma unroll
+    for (int k = 0; k < SEGMENT / 4; k++) {
+      const int t = first + k * LN * 4;
+      const float* p = from + at * ROW + staged_at(from, t);
+      const float4 v = make_float4(p[0], p[ROW], p[2 * ROW], p[3 * ROW]);
+      if (t < steps) *reinterpret_cast<float4*>(to + static_cast<long long>(t) * d + at) = v;
+    }
+    return;
+  }
+  const int ch = threadIdx.x % channels, first = threadIdx.x / channels;
+#pragma unroll 4
+  for (int k = 0; k < SEGMENT; k++) {
+    const int t = first + k * LN;
+    if (ch < channels_here && t < steps) {
+      to[static_cast<long long>(t) * d + ch] = from[ch * ROW + staged_at(from, t)];
+    }
+  }
+}
+
+__device__ __forceinline__ void read_segment(const signed char* row, int lane, unsigned int (&raw)[SEGMENT]) {
+  const uint4 w = *reinterpret_cast<const uint4*>(row + lane * SEGMENT);
+  const unsigned int words[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+  for (int i = 0; i < SEGMENT; i++) raw[i] = __byte_perm(words[i / 4], 0u, 0x4440u | (i % 4));
+}
+__device__ __forceinline__ void read_segment(const float* row, int lane, float (&values)[SEGMENT]) {
+  const float4* at = reinterpret_cast<const float4*>(row + lane * PADDED);
+#pragma unroll
+  for (int k = 0; k < SEGMENT / 4; k++) {
+    const float4 v = at[k];
+    values[4 * k] = v.x;
+    values[4 * k + 1] = v.y;
+    values[4 * k + 2] = v.z;
+    values[4 * k + 3] = v.w;
+  }
+}
+
 // Sums over LPC lanes of LPC values each; lane q is left with the sum of the values at q.
 template <int LPC>
 __device__ __forceinline__ float reduce_scatter(float (&p)[LPC], int q) {

@@ -28,7 +28,7 @@ from qmamba_cli.progress import Progress, silent
 from qmamba_cli.quant.histogram import check_alpha
 from qmamba_cli.quant.observers import DEFAULT_ALPHA, ObserverSet, Reduction
 from qmamba_cli.sites import SITES, ObserverKind
-from qmamba_cli.stages.common import check_seed, model_record
+from qmamba_cli.stages.common import check_seed, model_record, within_gpu_memory
 from qmamba_cli.text import SELF, Samples, choose_samples, open_documents, sample_from_model
 from qmamba_cli.tokenizer import Tokenizer
 
@@ -204,7 +204,8 @@ def _observe(
     with progress("calibrating", len(tokens)) as advance:
         for start in range(0, len(tokens), batch_size):
             batch = torch.from_numpy(tokens[start : start + batch_size].astype(np.int64))
-            model.forward(batch, hook=observers.observe)
+            with within_gpu_memory(batch_size):
+                model.forward(batch, hook=observers.observe)
             advance(len(batch))
 
 

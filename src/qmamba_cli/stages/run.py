@@ -41,7 +41,7 @@ from qmamba_cli.modes import MODES, Mode, Precision
 from qmamba_cli.progress import Progress, silent
 from qmamba_cli.quant.weights import DEFAULT_GROUP_SIZE
 from qmamba_cli.sites import SITES, site_key
-from qmamba_cli.stages.common import check_seed
+from qmamba_cli.stages.common import check_seed, within_gpu_memory
 from qmamba_cli.tokenizer import Tokenizer
 
 # Below it, logits divided by the temperature leave float32's range.
@@ -229,10 +229,11 @@ def run_task(
     task = task_by_name(options.task)
     _check_task_options(task, options)
     started = time.perf_counter()
-    if task.is_last_word:
-        metrics, original, effective, lines = _run_last_word(loaded, task, options, offline, progress)
-    else:
-        metrics, original, effective, lines = _run_perplexity(loaded, options, offline, progress)
+    with within_gpu_memory(options.batch_size):
+        if task.is_last_word:
+            metrics, original, effective, lines = _run_last_word(loaded, task, options, offline, progress)
+        else:
+            metrics, original, effective, lines = _run_perplexity(loaded, options, offline, progress)
     model = loaded.model
     results = build_results(
         task,

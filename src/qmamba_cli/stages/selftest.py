@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from qmamba_cli.kernels._compile import ARCHITECTURES, Compiled, compile_all
+from qmamba_cli.kernels._compile import ARCHITECTURES, compile_all
+from qmamba_cli.kernels._compile import Compiled as Compiled
 from qmamba_cli.kernels.backend import CPU, Backend, select_backend
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.modes import ScanOrder

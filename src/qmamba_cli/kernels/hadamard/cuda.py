@@ -13,7 +13,7 @@ from qmamba_cli.kernels.hadamard import reference
 from qmamba_cli.kernels.hadamard.matrix import HadamardPlan, core_matrix, plan_for
 from qmamba_cli.quant.grid import reciprocal
 
-_SOURCE = "hadamard/hadamard.cu"
+SOURCE = "hadamard/hadamard.cu"
 _TYPES = {torch.float32: "float", torch.float16: "F16"}
 _INT8 = "signed char"
 # Cores compiled into the kernel; other cores read their matrix at run time, at about K products an element.
@@ -104,7 +104,7 @@ def _launch_small(
     x: torch.Tensor, out: torch.Tensor, types: str, bits: int, scales: tuple[np.float32, np.float32]
 ) -> None:
     launch(
-        _SOURCE,
+        SOURCE,
         f"hadamard_small<{types}>",
         grid=(-(-x.numel() // (_CHUNK * _THREADS)), 1, 1),
         block=(_THREADS, 1, 1),
@@ -124,7 +124,7 @@ def _launch_rows(
     layout = (np.int32(config.tile_rows), np.int32(config.bits), np.int32(config.segment_stride))
     matrix = None if config.compiled else _transposed_core(config.core, x.device)
     launch(
-        _SOURCE,
+        SOURCE,
         f"hadamard<{types}, {_core_arguments(config.core if config.compiled else 0)}>",
         grid=(-(-rows // config.tile_rows), 1, 1),
         block=(config.threads, 1, 1),

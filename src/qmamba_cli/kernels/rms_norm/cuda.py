@@ -7,7 +7,7 @@ from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels._launch import contiguous, launch, round_up
 from qmamba_cli.quant.grid import reciprocal
 
-_SOURCE = "rms_norm/rms_norm.cu"
+SOURCE = "rms_norm/rms_norm.cu"
 _WARP = 32
 _MAX_THREADS = 256
 _VECTOR = 4
@@ -49,7 +49,7 @@ def rms_norm(
         return out
     vector, threads = launch_shape(d_model)
     launch(
-        _SOURCE,
+        SOURCE,
         f"rms_norm<{vector}, {'float' if out_scale is None else 'signed char'}>",
         grid=(x.numel() // d_model, 1, 1),
         block=(threads, 1, 1),

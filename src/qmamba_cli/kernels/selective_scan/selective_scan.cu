@@ -30,9 +30,6 @@
 #include "selective_scan.cuh"
 
 constexpr int CHUNK = 64;       // steps between chunk states, as in reference.py
-constexpr int SEGMENT = 16;     // consecutive steps of one lane (lanes)
-constexpr int PADDED = 20;      // floats of a segment in shared memory: 8 lanes reading 16 bytes hit all 32 banks
-constexpr int LANES_STATES = 16;
 constexpr int WALK_THREADS = 128;
 constexpr int STEP_STATES = 4;
 
@@ -51,30 +48,38 @@ constexpr int STEP_STATES = 4;
       int n, int blocks_x, int lanes_per_channel
 
 __device__ constexpr int at_least(int value, int least) { return value < least ? least : value; }
+__device__ constexpr int at_most(int value, int most) { return value < most ? value : most; }
+// Blocks a multiprocessor that leave a thread of walk enough registers.
+__device__ constexpr int walk_blocks(int S, int LPC) { return S * LPC != 16 ? 4 : LPC == 2 ? 5 : 3; }
 
 template <typename In, typename U, int S, int LPC>
-__global__ void __launch_bounds__(WALK_THREADS, S* LPC == 16 && LPC == 2 ? 5 : 4)
-    selective_scan_walk(SCAN_PARAMETERS) {
+__global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_scan_walk(SCAN_PARAMETERS) {
   using RawIn = typename RawOf<In>::type;
-  using RawU = typename RawOf<U>::type;
-  constexpr int N = S * LPC, TILE = at_least(512 / N, LPC), RUN = at_least(8, LPC), GROUPS = RUN / LPC;
+  constexpr int N = S * LPC, CHANNELS = WALK_THREADS / LPC, RUN = at_least(8, LPC), GROUPS = RUN / LPC;
+  constexpr int TILE = at_least(at_most(512 / N, sizeof(In) == 1 ? 32 : 16), LPC);
   constexpr int PIECES = TILE * N / WALK_THREADS;  // of B, and as many of C, that a thread stages
   static_assert(TILE % RUN == 0 && CHUNK % TILE == 0 && S % 4 == 0, "tile, run and chunk must nest");
   __shared__ __align__(16) float shared_b[2][TILE * N];  // [buffer][step][state]
   __shared__ __align__(16) float shared_c[2][TILE * N];
+  __shared__ __align__(16) In shared_dt[2][TILE * CHANNELS];  // [buffer][step][channel]
+  __shared__ __align__(16) In shared_z[2][TILE * CHANNELS];
+  __shared__ __align__(16) U shared_u[2][TILE * CHANNELS];
+  // One scale and 256 codes: the gate of an int8 z is looked up.
+  __shared__ float gates[sizeof(In) == 1 ? 256 : 1];
 
-  const int tid = threadIdx.x, q = tid % LPC;
-  const int batch = blockIdx.x / blocks_x;
-  const int c_own = (blockIdx.x % blocks_x) * (WALK_THREADS / LPC) + tid / LPC;
-  const bool live = c_own < d;
-  const int c = live ? c_own : d - 1;
-  // Each at the next step that this thread fetches or stores.
-  const U* u_at = u + batch * u_batch + q * u_row + c;
-  const In* dt_at = dt + batch * dt_batch + q * dt_row + c;
-  const In* z_at = z + batch * z_batch + q * z_row + c;
+  const int tid = threadIdx.x, q = tid % LPC, own = tid / LPC;
+  const int batch = blockIdx.x / blocks_x, c0 = (blockIdx.x % blocks_x) * CHANNELS;
+  const bool live = c0 + own < d;
+  const int c = live ? c0 + own : d - 1;
+  // Each at the first step of the next tile that is fetched, or at this thread's next step to store.
+  const U* u_at = u + batch * u_batch + c0;
+  const In* dt_at = dt + batch * dt_batch + c0;
+  const In* z_at = z + batch * z_batch + c0;
   const In* b_at = B + batch * b_batch + tid / N * b_row + tid % N;
   const In* c_at = C + batch * c_batch + tid / N * c_row + tid % N;
   float* y_at = y + (static_cast<long long>(batch) * l + q) * d + c;
+  const bool aligned = c0 + CHANNELS <= d && rows_aligned<16>(u_at, u_row) && rows_aligned<16>(dt_at, dt_row) &&
+                       rows_aligned<16>(z_at, z_row);
   const long long state_at = (static_cast<long long>(batch) * d + c) * n + q * S;
   const bool state_valid = tid % N < n;
 
@@ -87,9 +92,16 @@ __global__ void __launch_bounds__(WALK_THREADS, S* LPC == 16 && LPC == 2 ? 5 : 4
   }
   const float bias = dt_bias[c], skip_weight = D[c];
 
-  RawIn b_raw[PIECES], c_raw[PIECES], dt_raw[GROUPS], z_raw[GROUPS];
-  RawU u_raw[GROUPS];
-  auto fetch_rows = [&](int t0) {
+  RawIn b_raw[PIECES], c_raw[PIECES];
+  auto fetch = [&](int t0, int buffer) {
+    if (t0 < l) {
+      copy_tile<TILE, CHANNELS, WALK_THREADS>(shared_dt[buffer], dt_at, dt_row, l - t0, d - c0, aligned);
+      copy_tile<TILE, CHANNELS, WALK_THREADS>(shared_z[buffer], z_at, z_row, l - t0, d - c0, aligned);
+      copy_tile<TILE, CHANNELS, WALK_THREADS>(shared_u[buffer], u_at, u_row, l - t0, d - c0, aligned);
+    }
+    dt_at += TILE * dt_row;
+    z_at += TILE * z_row;
+    u_at += TILE * u_row;
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
       const int t = t0 + tid / N + i * (WALK_THREADS / N);
@@ -100,48 +112,39 @@ __global__ void __launch_bounds__(WALK_THREADS, S* LPC == 16 && LPC == 2 ? 5 : 4
       c_at += WALK_THREADS / N * c_row;
     }
   };
-  auto stage_rows = [&](int buffer) {
+  auto stage = [&](int buffer) {
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
       shared_b[buffer][tid + i * WALK_THREADS] = steps_of(b_raw[i]);
       shared_c[buffer][tid + i * WALK_THREADS] = steps_of(c_raw[i]);
     }
-  };
-  auto fetch_run = [&](int t0) {
-#pragma unroll
-    for (int g = 0; g < GROUPS; g++) {
-      const bool valid = t0 + g * LPC + q < l;
-      dt_raw[g] = valid ? load_raw(dt_at) : load_zero(dt_at);
-      u_raw[g] = valid ? load_raw(u_at) : load_zero(u_at);
-      z_raw[g] = valid ? load_raw(z_at) : load_zero(z_at);
-      dt_at += LPC * dt_row;
-      u_at += LPC * u_row;
-      z_at += LPC * z_row;
-    }
+    wait_for_copies();
+    __syncthreads();
   };
 
-  fetch_rows(0);
-  fetch_run(0);
-  stage_rows(0);
-  __syncthreads();
+  fetch(0, 0);
+  fill_gates(gates, shared_z[0], z_scale);
+  stage(0);
   int buffer = 0;
   for (int t0 = 0; t0 < l; t0 += TILE) {
-    fetch_rows(t0 + TILE);
+    // The other buffer was last read before the barrier in stage.
+    fetch(t0 + TILE, buffer ^ 1);
 #pragma unroll 1
     for (int r = 0; r < TILE && t0 + r < l; r += RUN) {
+      const int run_at = (r + q) * CHANNELS + own;
       float delta[GROUPS], driven[GROUPS], skip[GROUPS];
-      RawIn z_now[GROUPS];
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
-        // Steps behind the end leave the state: their delta is zero.
-        const bool inside = t0 + r + g * LPC + q < l;
-        const float u_now = u_of(u_raw[g], u_scale, u_inv_scale);
-        delta[g] = inside ? delta_of(dt_raw[g], dt_scale, bias) : 0.0f;
+        // Steps behind the end leave the state: their delta is zero, without a branch.
+        const float bias_now = t0 + r + g * LPC + q < l ? bias : -1e30f;
+        const int at = run_at + g * LPC * CHANNELS;
+        const float u_now = u_of(load_raw(&shared_u[buffer][at]), u_scale, u_inv_scale);
+        delta[g] = delta_of(load_raw(&shared_dt[buffer][at]), dt_scale, bias_now);
         driven[g] = delta[g] * u_now * b_scale;
         skip[g] = skip_weight * u_now;
-        z_now[g] = z_raw[g];
       }
-      fetch_run(t0 + r + RUN);
+      const float4* b4 = reinterpret_cast<const float4*>(&shared_b[buffer][r * N + q * S]);
+      const float4* c4 = reinterpret_cast<const float4*>(&shared_c[buffer][r * N + q * S]);
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         float sums[LPC];
@@ -149,26 +152,25 @@ __global__ void __launch_bounds__(WALK_THREADS, S* LPC == 16 && LPC == 2 ? 5 : 4
         for (int e = 0; e < LPC; e++) {
           const float delta_t = __shfl_sync(0xffffffffu, delta[g], e, LPC);
           const float driven_t = __shfl_sync(0xffffffffu, driven[g], e, LPC);
-          const int row = (r + g * LPC + e) * N + q * S;
-          const float4* b4 = reinterpret_cast<const float4*>(&shared_b[buffer][row]);
-          const float4* c4 = reinterpret_cast<const float4*>(&shared_c[buffer][row]);
-          float sum = 0.0f;
+          // Two sums: a chain of S fmas would be waited for.
+          float sum = 0.0f, sum_odd = 0.0f;
 #pragma unroll
           for (int s = 0; s < S; s += 4) {
-            const float4 bv = b4[s / 4], cv = c4[s / 4];
+            const float4 bv = b4[((g * LPC + e) * N + s) / 4], cv = c4[((g * LPC + e) * N + s) / 4];
             h[s] = fmaf(exp2_approx(delta_t * A2[s]), h[s], driven_t * bv.x);
             h[s + 1] = fmaf(exp2_approx(delta_t * A2[s + 1]), h[s + 1], driven_t * bv.y);
             h[s + 2] = fmaf(exp2_approx(delta_t * A2[s + 2]), h[s + 2], driven_t * bv.z);
             h[s + 3] = fmaf(exp2_approx(delta_t * A2[s + 3]), h[s + 3], driven_t * bv.w);
-            sum = fmaf(cv.x, h[s], sum);
-            sum = fmaf(cv.y, h[s + 1], sum);
+            sum = s == 0 ? cv.x * h[s] : fmaf(cv.x, h[s], sum);
+            sum_odd = s == 0 ? cv.y * h[s + 1] : fmaf(cv.y, h[s + 1], sum_odd);
             sum = fmaf(cv.z, h[s + 2], sum);
-            sum = fmaf(cv.w, h[s + 3], sum);
+            sum_odd = fmaf(cv.w, h[s + 3], sum_odd);
           }
-          sums[e] = sum;
+          sums[e] = sum + sum_odd;
         }
         const float total = reduce_scatter<LPC>(sums, q);
-        const float out = fmaf(c_scale, total, skip[g]) * gate(real_of(z_now[g], z_scale));
+        const float gate_now = gate_of(gates, load_raw(&shared_z[buffer][run_at + g * LPC * CHANNELS]));
+        const float out = fmaf(c_scale, total, skip[g]) * gate_now;
         if (live && t0 + r + g * LPC + q < l) *y_at = out;
         y_at += static_cast<long long>(LPC) * d;
       }
@@ -182,44 +184,12 @@ __global__ void __launch_bounds__(WALK_THREADS, S* LPC == 16 && LPC == 2 ? 5 : 4
         if (q * S + s < n) at[s] = h[s];
       }
     }
-    // The other buffer was last read before the barrier above.
     buffer ^= 1;
-    stage_rows(buffer);
-    __syncthreads();
+    stage(buffer);
   }
 #pragma unroll
   for (int s = 0; s < S; s++) {
     if (live && q * S + s < n) store_state(state_out, state_at + s, h[s], state_inv_scale);
-  }
-}
-
-// Where step t of a tile lies in a channel's row of a staged operand, and 16 consecutive steps from there.
-__device__ __forceinline__ int staged_at(const signed char*, int t) { return t; }
-__device__ __forceinline__ int staged_at(const float*, int t) { return t / SEGMENT * PADDED + t % SEGMENT; }
-template <typename T, int LN>
-__device__ constexpr int staged_row() {
-  return sizeof(T) == 1 ? LN * SEGMENT + 16 : LN * PADDED + 4;
-}
-// From one step to the LN-th after it.
-template <typename T, int LN>
-__device__ constexpr int staged_stride() {
-  return sizeof(T) == 1 ? LN : LN / SEGMENT * PADDED;
-}
-__device__ __forceinline__ void read_segment(const signed char* row, int lane, unsigned int (&raw)[SEGMENT]) {
-  const uint4 w = *reinterpret_cast<const uint4*>(row + lane * SEGMENT);
-  const unsigned int words[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-  for (int i = 0; i < SEGMENT; i++) raw[i] = words[i / 4] >> (8 * (i % 4));
-}
-__device__ __forceinline__ void read_segment(const float* row, int lane, float (&values)[SEGMENT]) {
-  const float4* at = reinterpret_cast<const float4*>(row + lane * PADDED);
-#pragma unroll
-  for (int k = 0; k < SEGMENT / 4; k++) {
-    const float4 v = at[k];
-    values[4 * k] = v.x;
-    values[4 * k + 1] = v.y;
-    values[4 * k + 2] = v.z;
-    values[4 * k + 3] = v.w;
   }
 }
 
@@ -229,7 +199,6 @@ template <typename In, typename U, int LN>
 __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) selective_scan_lanes(SCAN_PARAMETERS) {
   constexpr int N = LANES_STATES, TILE = LN * SEGMENT, ROW = LN * PADDED + 4;
   constexpr int IN_ROW = staged_row<In, LN>(), U_ROW = staged_row<U, LN>();
-  constexpr int IN_STRIDE = staged_stride<In, LN>(), U_STRIDE = staged_stride<U, LN>();
   const int threads = blockDim.x, channels = threads / LN;
   extern __shared__ __align__(16) float shared_floats[];
   float* shared_b = shared_floats;
@@ -245,21 +214,14 @@ __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) select
   const int batch = blockIdx.x / blocks_x, c0 = (blockIdx.x % blocks_x) * channels;
   const int c = min(c0 + ch, d - 1);
   const bool live = c0 + ch < d;
-  // In loads and stores of rows a thread keeps one channel and takes every LN-th step.
-  const int row_ch = tid % channels, row_step = tid / channels;
-  const bool row_live = c0 + row_ch < d;
-  const U* u_at = u + batch * u_batch + row_step * u_row + c0 + row_ch;
-  const In* dt_at = dt + batch * dt_batch + row_step * dt_row + c0 + row_ch;
-  const In* z_at = z + batch * z_batch + row_step * z_row + c0 + row_ch;
-  float* y_at = y + (static_cast<long long>(batch) * l + row_step) * d + c0 + row_ch;
-  In* const staged_dt = shared_dt + row_ch * IN_ROW + staged_at(shared_dt, row_step);
-  In* const staged_z = shared_z + row_ch * IN_ROW + staged_at(shared_z, row_step);
-  U* const staged_u = shared_u + row_ch * U_ROW + staged_at(shared_u, row_step);
-  const float* const staged_y = shared_y + row_ch * ROW + staged_at(shared_y, row_step);
-  const In* b_at = B + batch * b_batch + tid % N;
-  const In* c_at = C + batch * c_batch + tid % N;
-  const bool state_valid = tid % N < n;
-  const float bias = dt_bias[c], skip_weight = D[row_live ? c0 + row_ch : d - 1];
+  const int channels_here = min(channels, d - c0);
+  const U* u_at = u + batch * u_batch + c0;
+  const In* dt_at = dt + batch * dt_batch + c0;
+  const In* z_at = z + batch * z_batch + c0;
+  const In* b_at = B + batch * b_batch;
+  const In* c_at = C + batch * c_batch;
+  float* y_at = y + static_cast<long long>(batch) * l * d + c0;
+  const float bias = dt_bias[c], skip_weight = D[c];
   const int chunks = (l - 1) / CHUNK + 1;
   const long long state_at = (static_cast<long long>(batch) * d + c) * n;
 
@@ -269,23 +231,11 @@ __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) select
     shared_h[ch * N + i] = valid ? load_state(state_in, state_at + i, state_scale, state_inv_scale) : 0.0f;
   }
   for (int t0 = 0; t0 < l; t0 += TILE) {
-#pragma unroll 8
-    for (int k = 0; k < SEGMENT; k++) {
-      const bool valid = row_live && t0 + row_step + k * LN < l;
-      staged_dt[k * IN_STRIDE] = valid ? *dt_at : In(0);
-      staged_z[k * IN_STRIDE] = valid ? *z_at : In(0);
-      staged_u[k * U_STRIDE] = valid ? *u_at : U(0);
-      dt_at += LN * dt_row;
-      z_at += LN * z_row;
-      u_at += LN * u_row;
-    }
-#pragma unroll 4
-    for (int t = tid / N; t < TILE; t += threads / N) {
-      const bool valid = state_valid && t0 + t < l;
-      const int at = tid % N * ROW + staged_at(shared_b, t);
-      shared_b[at] = steps_of(valid ? load_raw(b_at + (t0 + t) * b_row) : load_zero(b_at));
-      shared_c[at] = steps_of(valid ? load_raw(c_at + (t0 + t) * c_row) : load_zero(c_at));
-    }
+    stage_channels<LN>(shared_dt, IN_ROW, dt_at + t0 * dt_row, dt_row, l - t0, channels, channels_here);
+    stage_channels<LN>(shared_z, IN_ROW, z_at + t0 * z_row, z_row, l - t0, channels, channels_here);
+    stage_channels<LN>(shared_u, U_ROW, u_at + t0 * u_row, u_row, l - t0, channels, channels_here);
+    stage_states<LN>(shared_b, b_at + t0 * b_row, b_row, l - t0, n);
+    stage_states<LN>(shared_c, c_at + t0 * c_row, c_row, l - t0, n);
     __syncthreads();
 
     const int left = l - t0 - lane * SEGMENT;
@@ -346,21 +296,24 @@ __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) select
         sums[i] = fmaf(C_now[i], h, sums[i]);
       }
     }
+    {
+      typename RawOf<In>::type z_raw[SEGMENT];
+      typename RawOf<U>::type u_raw[SEGMENT];
+      read_segment(shared_z + ch * IN_ROW, lane, z_raw);
+      read_segment(shared_u + ch * U_ROW, lane, u_raw);
+#pragma unroll
+      for (int i = 0; i < SEGMENT; i++) {
+        const float u_now = u_of(u_raw[i], u_scale, u_inv_scale);
+        sums[i] = fmaf(c_scale, sums[i], skip_weight * u_now) * gate(real_of(z_raw[i], z_scale));
+      }
+    }
     float4* sums_at = reinterpret_cast<float4*>(shared_y + ch * ROW + lane * PADDED);
 #pragma unroll
     for (int k = 0; k < SEGMENT / 4; k++) {
       sums_at[k] = make_float4(sums[4 * k], sums[4 * k + 1], sums[4 * k + 2], sums[4 * k + 3]);
     }
     __syncthreads();
-#pragma unroll 4
-    for (int k = 0; k < SEGMENT; k++) {
-      const float u_now = u_of(load_raw(staged_u + k * U_STRIDE), u_scale, u_inv_scale);
-      const float z_now = real_of(load_raw(staged_z + k * IN_STRIDE), z_scale);
-      const float sum = staged_y[k * (LN / SEGMENT * PADDED)];
-      const float out = fmaf(c_scale, sum, skip_weight * u_now) * gate(z_now);
-      if (row_live && t0 + row_step + k * LN < l) *y_at = out;
-      y_at += static_cast<long long>(LN) * d;
-    }
+    store_channels<LN>(y_at + static_cast<long long>(t0) * d, shared_y, d, l - t0, channels, channels_here);
   }
 }
 
