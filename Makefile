@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help env demo test check lint fix test-gpu bench docs clean
+.PHONY: help env demo test check lint fix test-gpu bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make fix       format, and mend what the linter can'
 	@echo 'make test-gpu  the tests that need a GPU; fails if one of them was skipped'
 	@echo 'make bench     speed against transformers, and time by operator'
+	@echo 'make bench-gpu  the CUDA kernels against their floors, goals and peers'
 	@echo 'make docs      write docs/cli.md and docs/modes.md again'
 	@echo 'make clean     remove caches, builds and the demo folder; .venv stays'
 
@@ -58,6 +59,9 @@ test-gpu: $(STAMP)
 	@set -o pipefail; $(BIN)/python -m pytest -m gpu | tee $(VENV)/gpu-tests.txt
 	@if tail -n 1 $(VENV)/gpu-tests.txt | grep -q skipped; then \
 		echo 'error: GPU tests were skipped, got the reasons above, expected all of them to run' >&2; exit 1; fi
+
+bench-gpu: $(STAMP)
+	@$(BIN)/python benchmarks/gpu.py
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks/run.py

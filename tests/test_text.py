@@ -238,7 +238,10 @@ def test_folder_and_other_files_are_no_source(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "a b", "../x", ".hidden", ":config", "größer"])
-def test_what_can_be_no_name_is_wrong_usage(name: str):
+def test_what_can_be_no_name_is_wrong_usage(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # An empty folder: no name happens to be that of a file.
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     if name == "":
         # The empty path is the current folder.
         assert "got a folder" in refused(name).message

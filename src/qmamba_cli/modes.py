@@ -179,7 +179,7 @@ _INT8_SIM = "FLOAT_SIM_ASIC_INT8"
 _ROWS = (
     Mode(
         name="0",
-        summary="int8 everywhere, chunked scan; the fastest",
+        summary="int8 everywhere, chunked scan",
         conv_input=ConvInput.STATIC,
         conv_output=ConvOutput.INT8,
         scan_u=ScanU.INT8,
