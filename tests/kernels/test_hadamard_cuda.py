@@ -45,7 +45,7 @@ def test_layout_of_rows(width, rows):
     assert config.tile_rows * plan.order % 16 == 0
     assert config.shared_bytes == 4 * config.tile_rows * config.core * config.segment_stride
     assert config.shared_bytes <= MAX_SHARED_BYTES
-    assert config.threads % 32 == 0 and config.threads <= 160
+    assert config.threads % 32 == 0 and config.threads <= 128
     # The kernel's tiles are indexed in 32 bits; short rows share a block only where there are enough of them.
     assert config.tile_rows == 1 or config.tile_rows * plan.order <= max(4096, 16 * plan.order)
 

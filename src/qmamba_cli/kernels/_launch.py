@@ -82,16 +82,17 @@ def launch(
     """
     if any(size < 1 for size in grid) or any(size > most for size, most in zip(grid, _MAX_GRID, strict=True)):
         raise ShapeError(f"{entry}: grid {grid} is out of range, expected 1 to {_MAX_GRID}")
-    kernel = _kernel(source, entry, device.index or 0, shared_bytes)
+    kernel = _kernel(source, entry, device.index or 0)
     cupy = _cupy()
     stream = torch.cuda.current_stream(device).cuda_stream
     values = [_value(arg) for arg in args]
     with cupy.cuda.Device(device.index or 0), _stream(stream, device.index or 0):
+        _allow_shared(kernel, shared_bytes)
         kernel(grid, block, tuple(values), shared_mem=shared_bytes)
 
 
 @cache
-def _kernel(source: str, entry: str, device_index: int, shared_bytes: int) -> Any:
+def _kernel(source: str, entry: str, device_index: int) -> Any:
     """One instance on one device; a source is compiled once for each of its instances."""
     cupy = _cupy()
     with cupy.cuda.Device(device_index):
@@ -102,9 +103,13 @@ def _kernel(source: str, entry: str, device_index: int, shared_bytes: int) -> An
             kernel = module.get_function(entry)
         except cupy.cuda.compiler.CompileException as error:
             raise QmambaError(f"kernel `{entry}` of `{source}` does not compile: {error}") from None
-        if shared_bytes > _DEFAULT_SHARED_BYTES:
-            kernel.max_dynamic_shared_size_bytes = shared_bytes
     return kernel
+
+
+def _allow_shared(kernel: Any, shared_bytes: int) -> None:
+    """Raise a kernel's limit of dynamic shared memory; never lower it, since all its launches share it."""
+    if shared_bytes > max(_DEFAULT_SHARED_BYTES, kernel.max_dynamic_shared_size_bytes):
+        kernel.max_dynamic_shared_size_bytes = shared_bytes
 
 
 class _TorchStream:

@@ -62,10 +62,14 @@ __device__ __forceinline__ u32 silu_quantized(const float (&exponents)[4], float
   return pack_saturated(q);
 }
 
-// Output k of four from their bytes and the four before them: the exact dot product with the taps.
-__device__ __forceinline__ float window_dot(u32 before, u32 now, u32 taps, int k) {
-  const u32 window = __byte_perm(before, now, 0x4321 + 0x1111 * k);
+// The exact dot product of four bytes with the taps.
+__device__ __forceinline__ float dot(u32 window, u32 taps) {
   return __int_as_float(__dp4a(static_cast<int>(window), static_cast<int>(taps), MAGIC_BITS)) - QM_MAGIC;
+}
+
+// Output k of four from their bytes and the four before them.
+__device__ __forceinline__ float window_dot(u32 before, u32 now, u32 taps, int k) {
+  return dot(__byte_perm(before, now, 0x4321 + 0x1111 * k), taps);
 }
 
 __device__ __forceinline__ u32 pack_bytes(i8 a, i8 b, i8 c, i8 d) {
@@ -172,6 +176,20 @@ template <> struct Raw<float> {
   }
   __device__ __forceinline__ float element(int k) const { return (*this)[k]; }
 };
+
+// Four neighbours of a dense vector of d, the last one repeated; `otherwise` where there is none.
+__device__ __forceinline__ Raw<float> four_or_else(const float* values, int c, int d, float otherwise) {
+  Raw<float> four;
+  if (values != nullptr && c + 4 <= d && reinterpret_cast<unsigned long long>(values) % 16 == 0) {
+    four.load(values + c);
+  } else {
+    float each[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) each[j] = or_else(values, min(c + j, d - 1), otherwise);
+    four.set(each[0], each[1], each[2], each[3]);
+  }
+  return four;
+}
 
 // Four elements along the contiguous axis, from (c, t); those outside are 0. PAST: t may lie before the call.
 template <bool PAST, typename In, bool CHANNELS>

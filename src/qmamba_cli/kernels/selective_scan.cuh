@@ -6,6 +6,8 @@
 #define QM_SELECTIVE_SCAN_CUH
 
 constexpr float LOG2E = 1.4426950408889634f;
+// As the bias of a step behind the end: its delta is exactly zero. A select of the result would become a branch.
+constexpr float NO_STEP = -1e30f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
@@ -83,7 +85,9 @@ __device__ __forceinline__ void store_state(void* state, long long i, float h, f
 
 // The gate of every int8 code, or, of float32 operands, no table; the second argument names the type.
 __device__ __forceinline__ void fill_gates(float* gates, const signed char*, float z_scale) {
-  for (int i = threadIdx.x; i < 256; i += blockDim.x) gates[i] = gate(real_of(static_cast<unsigned int>(i), z_scale));
+  for (int i = threadIdx.x; i < 256; i += blockDim.x) {
+    gates[i] = gate(real_of(static_cast<unsigned int>(i), z_scale));
+  }
 }
 __device__ __forceinline__ void fill_gates(float*, const float*, float) {}
 __device__ __forceinline__ float gate_of(const float* gates, unsigned int raw) { return gates[raw]; }
@@ -158,23 +162,9 @@ __device__ __forceinline__ unsigned int load_word(const signed char* p) {
 }
 
 // A tile of LN * SEGMENT rows of `channels` to [channel][step]; behind `steps` rows and `channels_here` it is zero.
-// Where words allow it, a thread transposes 4 steps of 4 channels.
 template <int LN, typename T>
 __device__ __forceinline__ void stage_channels(T* to, int to_row, const T* from, long long row, int steps,
                                                int channels, int channels_here) {
-  if constexpr (sizeof(T) == 1) {
-    if (channels % 4 == 0 && channels_here == channels && rows_aligned<4>(from, row)) {
-      const int quads = channels / 4, at = threadIdx.x % quads * 4, t = threadIdx.x / quads * 4;
-      const T* p = from + t * row + at;
-      unsigned int w[4];
-#pragma unroll
-      for (int k = 0; k < 4; k++) w[k] = t + k < steps ? load_word(p + k * row) : 0u;
-      transpose_bytes(w);
-#pragma unroll
-      for (int k = 0; k < 4; k++) *reinterpret_cast<unsigned int*>(to + (at + k) * to_row + t) = w[k];
-      return;
-    }
-  }
   const int ch = threadIdx.x % channels, first = threadIdx.x / channels;
 #pragma unroll 8
   for (int k = 0; k < SEGMENT; k++) {
@@ -183,19 +173,40 @@ __device__ __forceinline__ void stage_channels(T* to, int to_row, const T* from,
   }
 }
 
-// The same rows of B or C to float [state][step], zero behind n states.
+// The same for whole words, in two parts, so that several operands are waited for at once: a thread takes 4 steps
+// of 4 channels and transposes them.
+__device__ __forceinline__ void load_words(unsigned int (&w)[4], const signed char* from, long long row, int steps,
+                                           int channels) {
+  const int quads = channels / 4, t = threadIdx.x / quads * 4;
+  const signed char* p = from + t * row + threadIdx.x % quads * 4;
+#pragma unroll
+  for (int k = 0; k < 4; k++) w[k] = t + k < steps ? load_word(p + k * row) : 0u;
+}
+__device__ __forceinline__ void stage_words(signed char* to, int to_row, unsigned int (&w)[4], int channels) {
+  const int quads = channels / 4, at = threadIdx.x % quads * 4, t = threadIdx.x / quads * 4;
+  transpose_bytes(w);
+#pragma unroll
+  for (int k = 0; k < 4; k++) *reinterpret_cast<unsigned int*>(to + (at + k) * to_row + t) = w[k];
+}
+
+// The same rows of B and C to float [state][step], zero behind n states.
 template <int LN, typename T>
-__device__ __forceinline__ void stage_states(float* to, const T* from, long long row, int steps, int n) {
+__device__ __forceinline__ void stage_states(float* to_b, float* to_c, const T* b, const T* c, long long b_row,
+                                             long long c_row, int steps, int n) {
   constexpr int N = LANES_STATES, ROW = LN * PADDED + 4;
   if constexpr (sizeof(T) == 1) {
-    if (n == N && rows_aligned<4>(from, row)) {
+    if (n == N && rows_aligned<4>(b, b_row) && rows_aligned<4>(c, c_row)) {
       const int at = threadIdx.x % (N / 4) * 4;
 #pragma unroll 4
       for (int t = threadIdx.x / (N / 4); t < LN * SEGMENT; t += blockDim.x / (N / 4)) {
-        const unsigned int w = t < steps ? load_word(from + t * row + at) : 0u;
-        float* to_t = to + at * ROW + staged_at(to, t);
+        const unsigned int b_word = t < steps ? load_word(b + t * b_row + at) : 0u;
+        const unsigned int c_word = t < steps ? load_word(c + t * c_row + at) : 0u;
+        const int to = at * ROW + staged_at(to_b, t);
 #pragma unroll
-        for (int k = 0; k < 4; k++) to_t[k * ROW] = steps_of(__byte_perm(w, 0u, 0x4440u | k));
+        for (int k = 0; k < 4; k++) {
+          to_b[to + k * ROW] = steps_of(__byte_perm(b_word, 0u, 0x4440u | k));
+          to_c[to + k * ROW] = steps_of(__byte_perm(c_word, 0u, 0x4440u | k));
+        }
       }
       return;
     }
@@ -203,10 +214,15 @@ __device__ __forceinline__ void stage_states(float* to, const T* from, long long
   const int state = threadIdx.x % N;
 #pragma unroll 4
   for (int t = threadIdx.x / N; t < LN * SEGMENT; t += blockDim.x / N) {
-    const T* p = from + t * row + state;
-    to[state * ROW + staged_at(to, t)] = steps_of(state < n && t < steps ? load_raw(p) : load_zero(p));
+    const T *b_at = b + t * b_row + state, *c_at = c + t * c_row + state;
+    const bool valid = state < n && t < steps;
+    const int to = state * ROW + staged_at(to_b, t);
+    to_b[to] = steps_of(valid ? load_raw(b_at) : load_zero(b_at));
+    to_c[to] = steps_of(valid ? load_raw(c_at) : load_zero(c_at));
   }
 }
+
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // A tile of y, staged as [channel][step], to rows of d floats.
 template <int LN>

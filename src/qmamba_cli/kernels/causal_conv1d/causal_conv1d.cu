@@ -33,6 +33,9 @@
 #include "numerics.cuh"
 #include "causal_conv1d.cuh"
 
+// Steps whose loads are in flight at a time, channels contiguous.
+constexpr int GROUP = 4;
+
 // Four neighbours in time of one channel.
 template <typename Out, bool BOUNDED>
 __device__ __forceinline__ Raw<Out> dot_row(u32 before, u32 now, u32 taps, float scale, float bias, float step) {
@@ -134,11 +137,11 @@ struct Quad {
   float scale[4], bias[4];
 
   __device__ __forceinline__ Quad(const float* weight_scale, const float* biases, float x_scale, int c, int d) {
+    const Raw<float> scales = four_or_else(weight_scale, c, d, 1.0f), offsets = four_or_else(biases, c, d, 0.0f);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int channel = min(c + j, d - 1);
-      scale[j] = or_else(weight_scale, channel, 1.0f) * x_scale;
-      bias[j] = or_else(biases, channel, 0.0f);
+      scale[j] = scales[j] * x_scale;
+      bias[j] = offsets[j];
     }
   }
 
@@ -160,52 +163,73 @@ struct Quad {
   }
 };
 
-// Four rows (steps) of four bytes (channels) to four columns.
-__device__ __forceinline__ void transpose(const Raw<i8> (&rows)[4], u32 (&columns)[4]) {
-  const u32 early_low = __byte_perm(rows[0].bits, rows[1].bits, 0x5140);
-  const u32 early_high = __byte_perm(rows[0].bits, rows[1].bits, 0x7362);
-  const u32 late_low = __byte_perm(rows[2].bits, rows[3].bits, 0x5140);
-  const u32 late_high = __byte_perm(rows[2].bits, rows[3].bits, 0x7362);
-  columns[0] = __byte_perm(early_low, late_low, 0x5410);
-  columns[1] = __byte_perm(early_low, late_low, 0x7632);
-  columns[2] = __byte_perm(early_high, late_high, 0x5410);
-  columns[3] = __byte_perm(early_high, late_high, 0x7632);
-}
-
 template <typename In>
 __device__ __forceinline__ void load_rows(Raw<In> (&rows)[4], const Sequence<In, true>& x, int c, int t, bool vector) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) rows[k] = load_four<false>(x, c, t + k, vector);
 }
 
-template <typename Out, bool BOUNDED>
-__device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, const u32 (&taps)[4], const Quad& quad,
-                                            Out* out, int c, int t, int end, bool load_vector, bool store_vector,
-                                            float step) {
-  Raw<i8> rows[4];
-  u32 before[4] = {0, 0, 0, 0}, now[4];
-  load_rows(rows, x, c, t, load_vector);
-#pragma unroll 1
-  for (int i = -HISTORY; i < 0; ++i) {
-    const u32 row = load_four<true>(x, c, t + i, load_vector).bits;
+// Windows of four channels: the latest step in the highest byte.
+struct Windows {
+  u32 four[4];
+
+  // A row is one step of the four channels.
+  __device__ __forceinline__ void push(u32 row) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) before[j] = __funnelshift_r(before[j], row >> (8 * j), 8);
+    for (int j = 0; j < 4; ++j) four[j] = __byte_perm(four[j], row, 0x0321 + ((4 + j) << 12));
+  }
+
+  template <typename Out, bool BOUNDED>
+  __device__ __forceinline__ Raw<Out> output(const u32 (&taps)[4], const Quad& quad, float step) const {
+    float sum[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[j] = dot(four[j], taps[j]);
+    Raw<Out> out;
+    finish<BOUNDED>(sum, quad.scale, quad.bias, step, out);
+    return out;
+  }
+
+  // The last w - 1 steps are the new state.
+  __device__ __forceinline__ void store_state(const Sequence<i8, true>& x, int c) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (c + j >= x.d) return;
+      i8* to = x.state_out + static_cast<i64>(c + j) * (x.w - 1);
+#pragma unroll
+      for (int i = 0; i < HISTORY; ++i) {
+        if (i < x.w - 1) to[i] = static_cast<i8>(four[j] >> (8 * (5 - x.w + i)));
+      }
+    }
+  }
+};
+
+// Steps t to end of four channels. whole: all four exist and are aligned in x and out.
+template <typename Out, bool BOUNDED>
+__device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Windows& windows, const u32 (&taps)[4],
+                                            const Quad& quad, Out* out, int c, int t, int end, bool whole,
+                                            float step) {
+  Out* to = out + static_cast<i64>(t) * x.d + c;
+  if (whole && t + GROUP <= end) {
+    const i8* from = x.at(c, t);
+    u32 rows[GROUP];
+#pragma unroll
+    for (int k = 0; k < GROUP; ++k, from += x.stride) rows[k] = *reinterpret_cast<const u32*>(from);
+#pragma unroll 1
+    for (; t + GROUP <= end; t += GROUP) {
+      const bool more = t + 2 * GROUP <= end;
+#pragma unroll
+      for (int k = 0; k < GROUP; ++k, to += x.d, from += x.stride) {
+        windows.push(rows[k]);
+        // A step's register is loaded again as soon as it is free.
+        if (more) rows[k] = *reinterpret_cast<const u32*>(from);
+        windows.output<Out, BOUNDED>(taps, quad, step).store(to);
+      }
+    }
   }
 #pragma unroll 1
-  for (; t < end; t += 4) {
-    transpose(rows, now);
-    if (t + 4 < end) load_rows(rows, x, c, t + 4, load_vector);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      float sum[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) sum[j] = window_dot(before[j], now[j], taps[j], k);
-      Raw<Out> four;
-      finish<BOUNDED>(sum, quad.scale, quad.bias, step, four);
-      if (t + k < end) store_four(four, out + static_cast<i64>(t + k) * x.d + c, x.d - c, store_vector);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) before[j] = now[j];
+  for (; t < end; ++t, to += x.d) {
+    windows.push(load_four<false>(x, c, t, whole).bits);
+    store_four(windows.output<Out, BOUNDED>(taps, quad, step), to, x.d - c, whole);
   }
 }
 
@@ -223,21 +247,22 @@ __global__ void __launch_bounds__(THREADS, 8)
   const int t = static_cast<int>(start), end = min(start + span, static_cast<i64>(l));
   const auto seq = sequence<true>(x, batch_stride, stride, state, state_out, d, l, w);
   Out* rows_out = out + static_cast<i64>(blockIdx.z) * l * d;
+  Windows windows = {};
+#pragma unroll
+  for (int i = -HISTORY; i < 0; ++i) windows.push(load_four<true>(seq, c, t + i, load_vector).bits);
   Quad quad(weight_scale, bias, x_scale, c, d);
   u32 taps[4];
 #pragma unroll
   for (int j = 0; j < 4; ++j) taps[j] = packed_taps(weight, min(c + j, d - 1), w);
+  const bool whole = load_vector && store_vector && c + 4 <= d;
   const bool bounded = sizeof(Out) == 1 && __any_sync(__activemask(), quad.large());
   quad.convert<Out>();
   if (bounded) {
-    walk_static<Out, true>(seq, taps, quad, rows_out, c, t, end, load_vector, store_vector, step);
+    walk_static<Out, true>(seq, windows, taps, quad, rows_out, c, t, end, whole, step);
   } else {
-    walk_static<Out, false>(seq, taps, quad, rows_out, c, t, end, load_vector, store_vector, step);
+    walk_static<Out, false>(seq, windows, taps, quad, rows_out, c, t, end, whole, step);
   }
-  if (end == l) {
-#pragma unroll 1
-    for (int j = 0; j < 4; ++j) seq.store_state(c + j);
-  }
+  if (end == l) windows.store_state(seq, c);
 }
 
 // Float32 (no scales) or int8 with one scale a token, time contiguous. weight_scale, scales, scale_state and scales_out

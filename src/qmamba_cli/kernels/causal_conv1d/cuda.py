@@ -32,7 +32,7 @@ _BLOCKS_PER_SM = 8
 _MOST_PIECES = 64
 _MOST_QUADS = 32
 _MOST_ROWS = 16
-_MOST_STEPS = 64
+_MOST_STEPS = 32
 _MAX_GRID_Y = 65535
 # Where the fused rounding holds; see the limits in the kernel's header.
 _FUSED_OUT_SCALES = (1e-6, 1e4)
@@ -71,11 +71,11 @@ def time_config(b: int, d: int, l: int, *, steps: int, multiprocessors: int) -> 
 
 
 def channels_config(b: int, d: int, l: int, *, multiprocessors: int) -> LaunchConfig:
-    """The cut for contiguous channels: the longest runs that still fill the device."""
+    """The cut for contiguous channels: the longest runs, up to a limit, that fill half of the device."""
     quads = _ceil(d, 4)
     x = min(_MOST_QUADS, _power_of_two(quads))
     y = _THREADS // x
-    wanted = multiprocessors * _BLOCKS_PER_SM * _THREADS
+    wanted = multiprocessors * _BLOCKS_PER_SM * _THREADS // 2
     span = _MOST_STEPS
     while span > 4 and b * quads * _ceil(l, span) < wanted:
         span //= 2

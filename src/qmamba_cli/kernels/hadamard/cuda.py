@@ -28,7 +28,6 @@ _MAX_SHARED_BYTES = 99 * 1024
 # Elements a block, where rows are shorter: enough for every thread to own two columns of a core.
 _TILE_ELEMENTS = 4096
 _THREADS = 128
-_MAX_THREADS = 160
 _ALIGNMENT = 16
 
 
@@ -153,8 +152,7 @@ def _config(plan: HadamardPlan, rows: int, processors: int) -> LaunchConfig | No
     shared_bytes = tile_rows * core * stride * 4
     if bits > _MAX_SYLVESTER_BITS or shared_bytes > _MAX_SHARED_BYTES:
         return None
-    threads = _THREADS if plan.order <= _TILE_ELEMENTS else _MAX_THREADS
-    return LaunchConfig(core, compiled, bits, stride, tile_rows, threads, shared_bytes)
+    return LaunchConfig(core, compiled, bits, stride, tile_rows, _THREADS, shared_bytes)
 
 
 def segment_stride(bits: int) -> int:

@@ -18,7 +18,8 @@
 //
 //          Segment k of a row starts at k * segment_stride floats; inside, 4 floats of padding follow every 32 and
 //          16 every 256, which leaves every access of the three passes without bank conflicts for S >= 64.
-// Numerics fp32 sums throughout, 1/sqrt(n) applied to the finished sum. The order of the sums depends on n alone, so
+// Numerics fp32 sums throughout; the finished sum is multiplied by 1/sqrt(n) once, for int8 by (1/sqrt(n)) * inv_scale
+//          and rounded in that one fma, whose addend is 1.5 * 2^23. The order of the sums depends on n alone, so
 //          a row's bits do not depend on its neighbours. H_K sums four inputs first (8 sums up to sign), then K / 4
 //          of those an output: K / 4 + 3 additions an element instead of K. Compiled with -fmad=false.
 // Limits   S >= 2 unless K = 0; m <= 10; shared memory tile_rows * K * segment_stride * 4 bytes; the rows of a block
@@ -26,8 +27,8 @@
 // Source   the order of passes is ours; Sylvester butterflies as in any fast Walsh-Hadamard transform.
 #include "numerics.cuh"
 
-// Five warps: with K = 20 and S = 256 they take one, one and two turns in the three passes.
-constexpr int MAX_THREADS = 160;
+// Four warps: more blocks fit than of five, and with K = 20 and S = 256 all of them own two columns of the core.
+constexpr int MAX_THREADS = 128;
 // Neighbouring values that a thread stores at the end; four Sylvester bits.
 constexpr int CHUNK = 16;
 
@@ -42,56 +43,62 @@ __device__ __forceinline__ float widen(F16 x) {
   return y;
 }
 
-// The final sum as an output value.
-__device__ __forceinline__ void narrow(float sum, float norm, float, float& out) { out = sum * norm; }
-__device__ __forceinline__ void narrow(float sum, float norm, float, F16& out) {
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(sum * norm));
+// What a finished sum is multiplied with.
+template <typename Out>
+__device__ __forceinline__ float unit_factor(float norm, float inv_scale) {
+  return sizeof(Out) == 1 ? norm * inv_scale : norm;
 }
-__device__ __forceinline__ void narrow(float sum, float norm, float inv_scale, signed char& out) {
-  out = qm_quantize(sum * norm, inv_scale);
+
+// sum * factor on the int8 grid, in the lowest byte: the fma rounds it half to even, once. NaN becomes 127.
+__device__ __forceinline__ unsigned int quantized(float sum, float factor) {
+  return qm_to_bits(fmaxf(fminf(fmaf(sum, factor, QM_MAGIC), QM_MAGIC + 127.0f), QM_MAGIC - 128.0f));
+}
+
+// The final sum as an output value.
+__device__ __forceinline__ void narrow(float sum, float factor, float& out) { out = sum * factor; }
+__device__ __forceinline__ void narrow(float sum, float factor, F16& out) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(sum * factor));
+}
+__device__ __forceinline__ void narrow(float sum, float factor, signed char& out) {
+  out = static_cast<signed char>(quantized(sum, factor));
 }
 
 // Four bytes of output, from 4 / sizeof(Out) values.
 template <typename Out>
-__device__ __forceinline__ unsigned int word(const float* v, float norm, float inv_scale) {
-  Out a;
-  narrow(v[0], norm, inv_scale, a);
+__device__ __forceinline__ unsigned int word(const float* v, float factor) {
   if constexpr (sizeof(Out) == 4) {
-    return qm_to_bits(a);
+    return qm_to_bits(v[0] * factor);
   } else if constexpr (sizeof(Out) == 2) {
-    Out b;
-    narrow(v[1], norm, inv_scale, b);
+    Out a, b;
+    narrow(v[0], factor, a);
+    narrow(v[1], factor, b);
     return static_cast<unsigned int>(a.bits) | static_cast<unsigned int>(b.bits) << 16;
   } else {
-    Out b, c, d;
-    narrow(v[1], norm, inv_scale, b);
-    narrow(v[2], norm, inv_scale, c);
-    narrow(v[3], norm, inv_scale, d);
-    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+    return __byte_perm(__byte_perm(quantized(v[0], factor), quantized(v[1], factor), 0x0040),
+                       __byte_perm(quantized(v[2], factor), quantized(v[3], factor), 0x0040), 0x5410);
   }
 }
 
 // Writes the first `count` (1 to 16) values at a 16-byte boundary.
 template <typename Out>
-__device__ __forceinline__ void store_chunk(Out* out, const float (&v)[CHUNK], int count, float norm,
-                                            float inv_scale) {
+__device__ __forceinline__ void store_chunk(Out* out, const float (&v)[CHUNK], int count, float factor) {
   constexpr int PER_WORD = 4 / sizeof(Out);
   constexpr int PER_VECTOR = 4 * PER_WORD;
   if (count >= CHUNK) {
 #pragma unroll
     for (int i = 0; i < CHUNK; i += PER_VECTOR) {
       uint4 vector;
-      vector.x = word<Out>(v + i, norm, inv_scale);
-      vector.y = word<Out>(v + i + PER_WORD, norm, inv_scale);
-      vector.z = word<Out>(v + i + 2 * PER_WORD, norm, inv_scale);
-      vector.w = word<Out>(v + i + 3 * PER_WORD, norm, inv_scale);
+      vector.x = word<Out>(v + i, factor);
+      vector.y = word<Out>(v + i + PER_WORD, factor);
+      vector.z = word<Out>(v + i + 2 * PER_WORD, factor);
+      vector.w = word<Out>(v + i + 3 * PER_WORD, factor);
       *reinterpret_cast<uint4*>(out + i) = vector;
     }
     return;
   }
 #pragma unroll
   for (int i = 0; i < CHUNK; i++) {
-    if (i < count) narrow(v[i], norm, inv_scale, out[i]);
+    if (i < count) narrow(v[i], factor, out[i]);
   }
 }
 
@@ -270,7 +277,7 @@ __device__ __forceinline__ void middle_passes(float* tile, int segments, int m, 
 // Low pass: bits 0 to 3, then from shared to global memory.
 template <typename Out>
 __device__ __forceinline__ void low_pass(Out* __restrict__ out, const float* tile, int elements, int m,
-                                         int segment_stride, float norm, float inv_scale) {
+                                         int segment_stride, float factor) {
   for (int chunk = threadIdx.x; chunk * CHUNK < elements; chunk += blockDim.x) {
     int at = chunk * CHUNK;
     if (m > 3) {
@@ -288,13 +295,13 @@ __device__ __forceinline__ void low_pass(Out* __restrict__ out, const float* til
       v[i + 3] = four.w;
     }
     sylvester_low(v, m < 4 ? m : 4);
-    store_chunk(out + chunk * CHUNK, v, elements - chunk * CHUNK, norm, inv_scale);
+    store_chunk(out + chunk * CHUNK, v, elements - chunk * CHUNK, factor);
   }
 }
 
-// Grid: ceil(rows / tile_rows) blocks of at most 160 threads.
+// Grid: ceil(rows / tile_rows) blocks of at most 128 threads.
 template <typename In, typename Out, int K, unsigned... ROWS>
-__global__ void __launch_bounds__(MAX_THREADS, K < 20 ? 6 : K == 20 ? 4 : 3)
+__global__ void __launch_bounds__(MAX_THREADS, K < 20 ? 8 : K == 20 ? 5 : 3)
     hadamard(const In* __restrict__ x,           // (rows, n)
              Out* __restrict__ out,              // (rows, n)
              long long rows,
@@ -318,7 +325,7 @@ __global__ void __launch_bounds__(MAX_THREADS, K < 20 ? 6 : K == 20 ? 4 : 3)
   }
   __syncthreads();
   middle_passes(tile, rows_here * core_order, m, segment_stride);
-  low_pass(out + start, tile, (rows_here * core_order) << m, m, segment_stride, norm, inv_scale);
+  low_pass(out + start, tile, (rows_here * core_order) << m, m, segment_stride, unit_factor<Out>(norm, inv_scale));
 }
 
 // Blocks of 2^bits <= 16 elements, the identity included: a thread owns 16 neighbours and needs no others.
@@ -343,5 +350,5 @@ __global__ void __launch_bounds__(MAX_THREADS)
     }
   }
   sylvester_low(v, bits);
-  store_chunk(out + start, v, count, norm, inv_scale);
+  store_chunk(out + start, v, count, unit_factor<Out>(norm, inv_scale));
 }

@@ -8,8 +8,8 @@
 //   are adjacent, rows and batches have any stride and any alignment. y (b, l, d) and the states are dense.
 //
 // Threads
-//   walk   LPC lanes share a channel, S states each in registers; time runs from left to right. A lane loads,
-//          finishes and stores every LPC-th step; B and C come through shared memory, one tile ahead:
+//   walk   LPC lanes share a channel, S states each in registers; time runs from left to right. A lane finishes
+//          and stores every LPC-th step; all operands come through shared memory, one tile ahead:
 //             lane      0          1          0          1        (LPC = 2, one channel)
 //             states    0..7       8..15      0..7       8..15
 //             owns      step 0     step 1     step 2     step 3
@@ -55,7 +55,8 @@ __device__ constexpr int walk_blocks(int S, int LPC) { return S * LPC != 16 ? 4 
 template <typename In, typename U, int S, int LPC>
 __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_scan_walk(SCAN_PARAMETERS) {
   using RawIn = typename RawOf<In>::type;
-  constexpr int N = S * LPC, CHANNELS = WALK_THREADS / LPC, RUN = at_least(8, LPC), GROUPS = RUN / LPC;
+  constexpr int N = S * LPC, CHANNELS = WALK_THREADS / LPC;
+  constexpr int RUN = at_least(S * LPC == 16 ? 16 : 8, LPC), GROUPS = RUN / LPC;
   constexpr int TILE = at_least(at_most(512 / N, sizeof(In) == 1 ? 32 : 16), LPC);
   constexpr int PIECES = TILE * N / WALK_THREADS;  // of B, and as many of C, that a thread stages
   static_assert(TILE % RUN == 0 && CHUNK % TILE == 0 && S % 4 == 0, "tile, run and chunk must nest");
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
 #pragma unroll
       for (int g = 0; g < GROUPS; g++) {
         // Steps behind the end leave the state: their delta is zero, without a branch.
-        const float bias_now = t0 + r + g * LPC + q < l ? bias : -1e30f;
+        const float bias_now = t0 + r + g * LPC + q < l ? bias : NO_STEP;
         const int at = run_at + g * LPC * CHANNELS;
         const float u_now = u_of(load_raw(&shared_u[buffer][at]), u_scale, u_inv_scale);
         delta[g] = delta_of(load_raw(&shared_dt[buffer][at]), dt_scale, bias_now);
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
   }
 }
 
-// Dynamic shared memory, cuda.py counts the same: B, C [16][row]; y [channel][row]; A, h [channel][16];
+// Dynamic shared memory, cuda.py counts the same: B, C [16][row]; y [channel][row]; A, h [channel][2][16];
 // dt, z, u [channel][row of their type].
 template <typename In, typename U, int LN>
 __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) selective_scan_lanes(SCAN_PARAMETERS) {
@@ -205,8 +206,7 @@ __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) select
   float* shared_c = shared_b + N * ROW;
   float* shared_y = shared_c + N * ROW;
   float* shared_A = shared_y + channels * ROW;
-  float* shared_h = shared_A + channels * N;
-  In* shared_dt = reinterpret_cast<In*>(shared_h + channels * N);
+  In* shared_dt = reinterpret_cast<In*>(shared_A + 2 * channels * N);
   In* shared_z = shared_dt + channels * IN_ROW;
   U* shared_u = reinterpret_cast<U*>(shared_z + channels * IN_ROW);
 
@@ -222,21 +222,53 @@ __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) select
   const In* c_at = C + batch * c_batch;
   float* y_at = y + static_cast<long long>(batch) * l * d + c0;
   const float bias = dt_bias[c], skip_weight = D[c];
+  const bool words = sizeof(In) == 1 && channels % 4 == 0 && channels_here == channels &&
+                     rows_aligned<4>(dt_at, dt_row) && rows_aligned<4>(z_at, z_row) &&
+                     (sizeof(U) != 1 || rows_aligned<4>(u_at, u_row));
   const int chunks = (l - 1) / CHUNK + 1;
   const long long state_at = (static_cast<long long>(batch) * d + c) * n;
 
+  float* const A_at = shared_A + ch * 2 * N;
   for (int i = lane; i < N; i += LN) {
     const bool valid = i < n;
-    shared_A[ch * N + i] = valid ? A[static_cast<long long>(c) * n + i] * LOG2E : 0.0f;
-    shared_h[ch * N + i] = valid ? load_state(state_in, state_at + i, state_scale, state_inv_scale) : 0.0f;
+    A_at[i] = valid ? A[static_cast<long long>(c) * n + i] * LOG2E : 0.0f;
+    A_at[N + i] = valid ? load_state(state_in, state_at + i, state_scale, state_inv_scale) : 0.0f;
   }
   for (int t0 = 0; t0 < l; t0 += TILE) {
-    stage_channels<LN>(shared_dt, IN_ROW, dt_at + t0 * dt_row, dt_row, l - t0, channels, channels_here);
-    stage_channels<LN>(shared_z, IN_ROW, z_at + t0 * z_row, z_row, l - t0, channels, channels_here);
-    stage_channels<LN>(shared_u, U_ROW, u_at + t0 * u_row, u_row, l - t0, channels, channels_here);
-    stage_states<LN>(shared_b, b_at + t0 * b_row, b_row, l - t0, n);
-    stage_states<LN>(shared_c, c_at + t0 * c_row, c_row, l - t0, n);
+    const In *dt_now = dt_at + t0 * dt_row, *z_now = z_at + t0 * z_row;
+    const U* u_now = u_at + t0 * u_row;
+    unsigned int dt_words[4], z_words[4], u_words[4];
+    if constexpr (sizeof(In) == 1) {
+      if (words) {
+        load_words(dt_words, dt_now, dt_row, l - t0, channels);
+        load_words(z_words, z_now, z_row, l - t0, channels);
+        if constexpr (sizeof(U) == 1) load_words(u_words, u_now, u_row, l - t0, channels);
+      }
+    }
+    stage_states<LN>(shared_b, shared_c, b_at + t0 * b_row, c_at + t0 * c_row, b_row, c_row, l - t0, n);
+    if (!words) {
+      stage_channels<LN>(shared_dt, IN_ROW, dt_now, dt_row, l - t0, channels, channels_here);
+      stage_channels<LN>(shared_z, IN_ROW, z_now, z_row, l - t0, channels, channels_here);
+    }
+    if (!words || sizeof(U) != 1) {
+      stage_channels<LN>(shared_u, U_ROW, u_now, u_row, l - t0, channels, channels_here);
+    }
+    if constexpr (sizeof(In) == 1) {
+      if (words) {
+        stage_words(shared_dt, IN_ROW, dt_words, channels);
+        stage_words(shared_z, IN_ROW, z_words, channels);
+        if constexpr (sizeof(U) == 1) stage_words(shared_u, U_ROW, u_words, channels);
+      }
+    }
     __syncthreads();
+    // The next tile is not waited for from device memory.
+    for (int t = t0 + TILE + tid; t < min(l, t0 + 2 * TILE); t += threads) {
+      prefetch(dt_at + t * dt_row);
+      prefetch(z_at + t * z_row);
+      prefetch(u_at + t * u_row);
+      prefetch(b_at + t * b_row);
+      prefetch(c_at + t * c_row);
+    }
 
     const int left = l - t0 - lane * SEGMENT;
     float delta[SEGMENT], driven[SEGMENT], sums[SEGMENT], span = 0.0f;
@@ -247,25 +279,28 @@ __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) select
       read_segment(shared_u + ch * U_ROW, lane, u_raw);
 #pragma unroll
       for (int i = 0; i < SEGMENT; i++) {
-        delta[i] = i < left ? delta_of(dt_raw[i], dt_scale, bias) : 0.0f;
+        delta[i] = delta_of(dt_raw[i], dt_scale, i < left ? bias : NO_STEP);
         driven[i] = delta[i] * u_of(u_raw[i], u_scale, u_inv_scale) * b_scale;
         sums[i] = 0.0f;
         span += delta[i];
       }
     }
-    // A chunk ends with every fourth lane; the lane of the last chunk also has the state after the last token.
+    // Opaque, or its sum would be formed again for every state to save a register.
+    asm("" : "+f"(span));
+    // A chunk ends with every fourth lane; the last chunk's state is stored after the last tile.
     const int chunk = (t0 + lane * SEGMENT) / CHUNK;
-    const bool ends = live && (lane + 1) % (CHUNK / SEGMENT) == 0 && chunk < chunks;
-    const bool last = ends && chunk == chunks - 1;
-    float* chunk_at = ends && chunk_states != nullptr
-                          ? chunk_states + ((static_cast<long long>(batch) * chunks + chunk) * d + c) * n
-                          : nullptr;
+    const bool ends = live && (lane + 1) % (CHUNK / SEGMENT) == 0 && chunk < chunks - 1;
+    float* const chunk_at = ends && chunk_states != nullptr
+                                ? chunk_states + ((static_cast<long long>(batch) * chunks + chunk) * d + c) * n
+                                : nullptr;
+    float* state = A_at;
+    const float *b_now = shared_b + lane * PADDED, *c_now = shared_c + lane * PADDED;
 #pragma unroll 1
-    for (int i_state = 0; i_state < N; i_state++) {
-      const float A2 = shared_A[ch * N + i_state];
-      const float carry = lane == 0 ? shared_h[ch * N + i_state] : 0.0f;
+    for (int i_state = 0; i_state < N; i_state++, state++, b_now += ROW, c_now += ROW) {
+      const float A2 = state[0];
+      const float carry = lane == 0 ? state[N] : 0.0f;
       float decay[SEGMENT], increment[SEGMENT], C_now[SEGMENT];
-      read_segment(shared_b + i_state * ROW, lane, increment);
+      read_segment(b_now, 0, increment);
       float h = carry;
 #pragma unroll
       for (int i = 0; i < SEGMENT; i++) {
@@ -278,18 +313,16 @@ __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) select
       for (int s = 1; s < LN; s *= 2) {
         const float P_before = __shfl_up_sync(0xffffffffu, P, s, LN);
         const float h_before = __shfl_up_sync(0xffffffffu, h, s, LN);
-        if (lane >= s) {
-          h = fmaf(P, h_before, h);
-          P *= P_before;
-        }
+        h = lane >= s ? fmaf(P, h_before, h) : h;
+        // Also where nothing is before: such a lane is complete, and no lane that is not uses its P again.
+        P *= P_before;
       }
       if (chunk_at != nullptr && i_state < n) chunk_at[i_state] = h;
-      if (last && i_state < n) store_state(state_out, state_at + i_state, h, state_inv_scale);
       __syncwarp();
-      if (lane == LN - 1) shared_h[ch * N + i_state] = h;
+      if (lane == LN - 1) state[N] = h;
       const float h_start = __shfl_up_sync(0xffffffffu, h, 1, LN);
       h = lane == 0 ? carry : h_start;
-      read_segment(shared_c + i_state * ROW, lane, C_now);
+      read_segment(c_now, 0, C_now);
 #pragma unroll
       for (int i = 0; i < SEGMENT; i++) {
         h = fmaf(decay[i], h, increment[i]);
@@ -314,6 +347,14 @@ __global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) select
     }
     __syncthreads();
     store_channels<LN>(y_at + static_cast<long long>(t0) * d, shared_y, d, l - t0, channels, channels_here);
+  }
+  // Steps behind the end left the state.
+#pragma unroll 1
+  for (int i = lane; i < n && live; i += LN) {
+    store_state(state_out, state_at + i, A_at[N + i], state_inv_scale);
+    if (chunk_states != nullptr) {
+      chunk_states[((static_cast<long long>(batch) * chunks + chunks - 1) * d + c) * n + i] = A_at[N + i];
+    }
   }
 }
 
