@@ -19,7 +19,7 @@ from qmamba_cli.artifacts.manifest import (
 )
 from qmamba_cli.artifacts.workdir import Workdir
 from qmamba_cli.errors import UsageError
-from qmamba_cli.kernels.backend import select_backend
+from qmamba_cli.kernels.backend import Backend, select_backend
 from qmamba_cli.model.generate import sample_sequences
 from qmamba_cli.model.mamba import Mamba
 from qmamba_cli.model.prepare import float_model
@@ -124,7 +124,7 @@ def calibrate(
     if options.dataset == SELF and dry_run:
         samples = None
     elif options.dataset == SELF:
-        model = _float_model(checkpoint, options)
+        model = _float_model(checkpoint, backend)
         samples = _sample_from_model(model, tokenizer, options, progress)
     else:
         documents = open_documents(options.dataset, text_column=options.text_column, offline=options.offline)
@@ -139,7 +139,7 @@ def calibrate(
     digest, widest = "", None
     if not dry_run and samples is not None:
         if options.dataset != SELF:
-            model = _float_model(checkpoint, options)
+            model = _float_model(checkpoint, backend)
         _observe(model, samples.tokens, observers, options.batch_size, progress)
         widest = _widest_clip(observers)
         digest = _write(workdir, checkpoint, observers, samples, options, backend.name)
@@ -171,9 +171,9 @@ def _check_options(options: CalibrateOptions) -> None:
         )
 
 
-def _float_model(checkpoint: Checkpoint, options: CalibrateOptions) -> Mamba:
+def _float_model(checkpoint: Checkpoint, backend: Backend) -> Mamba:
     weights = float_model(checkpoint.config, checkpoint.load)
-    return Mamba(weights, MODES["fp"], select_backend(options.device))
+    return Mamba(weights, MODES["fp"], backend)
 
 
 def _sample_from_model(

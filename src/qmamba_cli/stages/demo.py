@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmamba_cli.kernels.backend import select_backend
 from qmamba_cli.model.quantize import Recipe
 from qmamba_cli.modes import MODES, Precision
 from qmamba_cli.progress import Progress, silent
@@ -88,7 +87,6 @@ def rows(options: DemoOptions, *, progress: Progress = silent) -> Iterator[DemoR
 
     Reads what `prepare` wrote.
     """
-    select_backend(options.backend)
     for mode in sorted(MODES.values(), key=lambda row: row.precision is Precision.INT8):
         floating = mode.precision is Precision.FP32
         loaded = load_model(

@@ -7,7 +7,7 @@ import torch
 
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels._launch import Arg, contiguous, launch, require_cuda, sm_count
-from qmamba_cli.kernels.causal_conv1d.reference import ConvState, _check
+from qmamba_cli.kernels.causal_conv1d.reference import ConvState, check_operands
 from qmamba_cli.kernels.quantize.cuda import quantize
 from qmamba_cli.quant.grid import reciprocal
 
@@ -103,7 +103,7 @@ def causal_conv1d(
     Raises:
         ShapeError: as the reference, or a tensor is on another device.
     """
-    b, d, l = _check(x, weight, x_scale, weight_scale, state)
+    b, d, l = check_operands(x, weight, x_scale, weight_scale, state)
     inv_scale = None if out_scale is None else reciprocal(out_scale)
     if out_scale is not None and not _FUSED_OUT_SCALES[0] <= out_scale <= _FUSED_OUT_SCALES[1]:
         v, new_state = causal_conv1d(x, weight, bias, x_scale=x_scale, weight_scale=weight_scale, state=state)

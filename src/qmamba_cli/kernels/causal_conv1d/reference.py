@@ -64,7 +64,7 @@ def causal_conv1d(
     Source: Dao-AILab/causal-conv1d, ``causal_conv1d_ref`` (float); the int8 grids are ours, see
         docs/numerics.md.
     """
-    b, d, l = _check(x, weight, x_scale, weight_scale, state)
+    b, d, l = check_operands(x, weight, x_scale, weight_scale, state)
     history = weight.shape[1] - 1
     per_token = x_scale if isinstance(x_scale, torch.Tensor) else None
     if state is None:
@@ -92,13 +92,18 @@ def causal_conv1d(
     return out, ConvState(last, None if scales is None else scales[:, l:].contiguous())
 
 
-def _check(
+def check_operands(
     x: torch.Tensor,
     weight: torch.Tensor,
     x_scale: float | torch.Tensor | None,
     weight_scale: torch.Tensor | None,
     state: ConvState | None,
 ) -> tuple[int, int, int]:
+    """Sizes (b, d, l) of operands that every backend accepts.
+
+    Raises:
+        ShapeError: a shape or dtype is not as `causal_conv1d` documents it.
+    """
     if x.dim() != 3 or x.shape[2] < 1:
         raise ShapeError(f"causal_conv1d: `x` must be (b, d, l) with l >= 1, got {tuple(x.shape)}")
     b, d, l = x.shape

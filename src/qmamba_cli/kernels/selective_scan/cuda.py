@@ -8,7 +8,7 @@ import torch
 
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels._launch import contiguous, launch, require_cuda, sm_count
-from qmamba_cli.kernels.selective_scan.reference import CHUNK, ScanResult, _check
+from qmamba_cli.kernels.selective_scan.reference import CHUNK, ScanResult, check_operands
 from qmamba_cli.modes import ScanOrder
 from qmamba_cli.quant.grid import dequantize, reciprocal
 
@@ -114,7 +114,7 @@ def selective_scan(
     """
     operands = {"u": u, "dt": dt, "B": B, "C": C, "z": z}
     scales = {"u": u_scale, "dt": dt_scale, "B": b_scale, "C": c_scale, "z": z_scale}
-    b, d, l = _check(u, dt, A, B, C, z, state, state_scale)
+    b, d, l = check_operands(u, dt, A, B, C, z, state, state_scale)
     n = A.shape[1]
     _check_kernel_limits(d, l, n, {"A": A, "D": D, "dt_bias": dt_bias})
     _check_operands(operands, scales, requantize_u)

@@ -102,7 +102,7 @@ def selective_scan(
     Source: Gu and Dao, "Mamba" (2023), algorithm 2; state-spaces/mamba ``selective_scan_ref``. The chunked
         order and the grids are ours, see docs/numerics.md.
     """
-    b, d, l = _check(u, dt, A, B, C, z, state, state_scale)
+    b, d, l = check_operands(u, dt, A, B, C, z, state, state_scale)
     u_real = _real("u", u, u_scale, requantize_u)
     delta = torch.nn.functional.softplus(_time_major(_real("dt", dt, dt_scale)) + dt_bias)  # (l, b, d)
     u_time = _time_major(u_real)
@@ -197,7 +197,7 @@ def _initial_state(
     return real.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
-def _check(
+def check_operands(
     u: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,
@@ -207,6 +207,11 @@ def _check(
     state: torch.Tensor | None,
     state_scale: float | None,
 ) -> tuple[int, int, int]:
+    """Sizes (b, d, l) of operands that every backend accepts.
+
+    Raises:
+        ShapeError: a shape or dtype is not as `selective_scan` documents it.
+    """
     if u.dim() != 3 or u.shape[2] < 1:
         raise ShapeError(f"selective_scan: `u` must be (b, d, l) with l >= 1, got {tuple(u.shape)}")
     b, d, l = u.shape
