@@ -34,9 +34,9 @@ LAYERS = {
     "stages": 4,
     "cli": 5,
     "options": 5,
-    "tools": 5,
+    "commands": 5,
+    "views": 5,
     "console": 5,
-    "report": 5,
     "__main__": 5,
 }
 EDGE = 5
@@ -44,8 +44,8 @@ EDGE = 5
 REFUSED = {(unit, "artifacts") for unit in ("model", "evaluation", "text", "tokenizer")} | {
     ("cli", "kernels"),
     ("console", "kernels"),
-    ("report", "kernels"),
-    ("tools", "kernels"),
+    ("commands", "kernels"),
+    ("views", "kernels"),
 }
 # Imports inside a layer.
 SIBLINGS = {
@@ -54,14 +54,13 @@ SIBLINGS = {
     ("evaluation", "text"),
     ("evaluation", "tokenizer"),
     ("text", "tokenizer"),
-    ("report", "console"),
     ("cli", "console"),
-    ("cli", "options"),
-    ("cli", "report"),
-    ("cli", "tools"),
-    ("tools", "console"),
-    ("tools", "options"),
-    ("tools", "report"),
+    ("cli", "commands"),
+    ("cli", "views"),
+    ("commands", "console"),
+    ("commands", "options"),
+    ("commands", "views"),
+    ("views", "console"),
     ("__main__", "cli"),
 }
 # Packages a unit may import beside the standard library; a unit not listed may import any dependency.

@@ -1,0 +1,146 @@
+"""`qmamba run`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qmamba_cli import console
+from qmamba_cli.errors import UsageError
+from qmamba_cli.modes import COLUMNS, DEFAULT_MODE, MODES, VARIABLES, Mode, mode_by_name, mode_from_variables
+from qmamba_cli.options import (
+    DEFAULT_WORKDIR,
+    BackendName,
+    Force,
+    Json,
+    Offline,
+    Quiet,
+    TokenizerFrom,
+    Workdir,
+)
+from qmamba_cli.views.results import show_results
+
+
+def run(
+    context: typer.Context,
+    mode: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(MODES)}; {DEFAULT_MODE} unless environment variables choose."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="COLUMN=VALUE", help="Override a column of the mode's row; may be repeated."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="lambada_openai, lastword (bundled) or perplexity.")
+    ] = None,
+    task_data: Annotated[Path | None, typer.Option(help="Text of the task: a .jsonl or a .txt file.")] = None,
+    text_column: Annotated[str, typer.Option(help="Field that holds the text of a .jsonl.")] = "text",
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Quantized file; the work folder's last export if left out.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Float model of mode fp.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Float model that `perplexity` compares with.")] = None,
+    tokenizer: TokenizerFrom = None,
+    backend: BackendName = "auto",
+    limit: Annotated[int | None, typer.Option(help="Documents (windows) to score; all if left out.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Documents a forward pass.")] = 16,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window of `perplexity`.")] = 512,
+    output: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Also write one line a document beside --output.")
+    ] = False,
+    workdir: Workdir = DEFAULT_WORKDIR,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    offline: Offline = False,
+) -> None:
+    """Run a model in one numeric mode on a task or a prompt."""
+    row = chosen_mode(mode, assignments or [], context.obj)
+    if (task is None) == (prompt is None):
+        got = "both" if task is not None else "neither"
+        raise UsageError(
+            f"expected one of `--task` and `--prompt`, got {got}",
+            hint="`qmamba run --mode 2-4 --task lastword`, or `qmamba run --prompt TEXT`",
+        )
+    if prompt is not None and (output is not None or log_samples):
+        raise UsageError("`--output` and `--log-samples` belong to `--task`, got `--prompt`")
+    if log_samples and output is None:
+        raise UsageError("`--log-samples` needs `--output FILE`", hint="the log is written beside that file")
+
+    from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_task
+    from qmamba_cli.stages.save import check_outputs, save_results
+
+    check_outputs(output, log_samples=log_samples, force=force)
+    loaded = load_model(
+        ModelOptions(
+            mode=row,
+            workdir=workdir,
+            checkpoint=checkpoint,
+            model=model,
+            backend=backend,
+            tokenizer=tokenizer,
+            offline=offline,
+        )
+    )
+    if prompt is not None:
+        _generate(loaded, prompt, max_new_tokens, temperature, seed, as_json)
+        return
+    options = TaskOptions(
+        task=task or "",
+        data=task_data,
+        text_column=text_column,
+        limit=limit,
+        batch_size=batch_size,
+        seqlen=seqlen,
+        baseline=baseline,
+    )
+    results, lines = run_task(
+        loaded, options, offline=offline, progress=console.progress(quiet=quiet or as_json)
+    )
+    if output is not None:
+        save_results(output, results, lines if log_samples else None, force=force)
+    show_results(results, output=output, as_json=as_json)
+
+
+def _generate(
+    loaded: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int, as_json: bool
+) -> None:
+    from qmamba_cli.stages.run import run_prompt
+
+    pieces = run_prompt(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if as_json:
+        text = "".join(pieces)
+        console.write_json({"prompt": prompt, "text": text, "mode": loaded.model.mode.name})
+        return
+    for piece in pieces:
+        console.write(piece)
+    console.write("\n")
+
+
+def chosen_mode(name: str | None, assignments: list[str], environment: Mapping[str, str]) -> Mode:
+    """The row that --mode, else the environment, else the default names, with --set applied."""
+    if name is None:
+        row = mode_from_variables(environment) or mode_by_name(DEFAULT_MODE)
+    else:
+        row = mode_by_name(name)
+        ignored = [key for key in VARIABLES if environment.get(key, "").strip().lower() == "true"]
+        if ignored:
+            console.note(f"note: `--mode {name}` wins over the environment's {', '.join(ignored)}")
+    changes = {}
+    for assignment in assignments:
+        column, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(
+                f"`--set` takes COLUMN=VALUE, got `{assignment}`", hint=f"columns: {', '.join(COLUMNS)}"
+            )
+        changes[column] = value
+    return row.with_columns(changes)
