@@ -13,6 +13,14 @@ from qmamba_cli.kernels.backend import Backend
 from qmamba_cli.modes import ScanOrder
 
 D_STATE = 16
+# d_inner, batch, length; then floor, goal and peer in ms.
+SCAN_SHAPES = (
+    (5120, 1, 1024, 0.020, 0.045, None),
+    (5120, 1, 2048, 0.040, 0.095, 0.194),
+    (5120, 8, 1024, 0.160, 0.27, 0.679),
+    (1536, 8, 1024, 0.048, 0.10, 0.217),
+    (1536, 1, 1024, 0.006, 0.02, 0.0464),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,23 +70,26 @@ def cases() -> Iterator[GpuCase]:
             goal_ms=0.0172 if b == 1 else None,
             peer_ms=0.0260 if b == 1 else None,
         )
-    for e, b, length, floor, goal, peer in (
-        (5120, 1, 2048, 0.040, 0.095, 0.194),
-        (5120, 8, 1024, 0.160, 0.27, 0.679),
-        (1536, 8, 1024, 0.048, 0.10, 0.217),
-        (1536, 1, 1024, 0.006, 0.02, 0.0464),
-    ):
+    for e, b, length, floor, goal, peer in SCAN_SHAPES:
         for order in ScanOrder:
             goals = (floor, goal, peer) if order is ScanOrder.CHUNKED else (None, None, None)
             yield GpuCase(
                 name=f"selective_scan {order}, i8 u, e={e} b={b} l={length}",
-                make=_scan(e, b, length, order),
+                make=scan_call(e, b, length, order),
                 bytes=7 * e * b * length,
                 exps=D_STATE * e * b * length,
                 floor_ms=goals[0],
                 goal_ms=goals[1],
                 peer_ms=goals[2],
             )
+        yield GpuCase(
+            name=f"selective_scan chunked, f16, e={e} b={b} l={length}",
+            make=scan_call(e, b, length, ScanOrder.CHUNKED, torch.float16),
+            bytes=8 * e * b * length,
+            exps=D_STATE * e * b * length,
+            floor_ms=floor,
+            peer_ms=peer,
+        )
     for rows, width, floor, goal, peer in (
         (2048, 5120, 0.0074, 0.018, 0.0345),
         (8192, 5120, 0.0295, 0.050, 0.1126),
@@ -112,31 +123,26 @@ def _conv(e: int, b: int, length: int, out_scale: float | None) -> Callable[[Bac
     return make
 
 
-def _scan(e: int, b: int, length: int, order: ScanOrder) -> Callable[[Backend], Callable[[], object]]:
+def scan_call(
+    e: int, b: int, length: int, order: ScanOrder, dtype: torch.dtype = torch.int8
+) -> Callable[[Backend], Callable[[], object]]:
+    """A scan of (b, e, length) whose operands are all of ``dtype``."""
+
     def make(ops: Backend) -> Callable[[], object]:
+        def operand(width: int) -> torch.Tensor:
+            codes = _codes(b, length, width).transpose(1, 2)
+            return codes if dtype == torch.int8 else (codes * 0.02).to(dtype)
+
         n, rank = D_STATE, e // 32
-        u, dt = _codes(b, length, e).transpose(1, 2), _codes(b, length, e).transpose(1, 2)
-        z = _codes(b, length, 2 * e).transpose(1, 2)[:, e:]
-        low = _codes(b, length, rank + 2 * n).transpose(1, 2)
+        u, dt, z, low = operand(e), operand(e), operand(2 * e)[:, e:], operand(rank + 2 * n)
         A = -torch.arange(1, n + 1, dtype=torch.float32, device="cuda").expand(e, n).contiguous()
         D, dt_bias = torch.randn(e, device="cuda"), torch.randn(e, device="cuda") - 3
-        return lambda: ops.selective_scan(
-            u,
-            dt,
-            A,
-            low[:, rank : rank + n],
-            low[:, rank + n :],
-            D,
-            z,
-            dt_bias,
-            order=order,
-            u_scale=0.02,
-            dt_scale=0.02,
-            b_scale=0.02,
-            c_scale=0.02,
-            z_scale=0.02,
-            state_scale=0.01,
-        )
+        B, C = low[:, rank : rank + n], low[:, rank + n :]
+        scales = dict.fromkeys(("u_scale", "dt_scale", "b_scale", "c_scale", "z_scale"), 0.02)
+        scales |= {"state_scale": 0.01}
+        if dtype != torch.int8:
+            scales = {}
+        return lambda: ops.selective_scan(u, dt, A, B, C, D, z, dt_bias, order=order, **scales)
 
     return make
 

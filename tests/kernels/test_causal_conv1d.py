@@ -113,6 +113,27 @@ def test_float_equals_the_oracle(backend, torch_rng, w):
         assert_exact("state", state.values, x[:, :, 65 - w + 1 :])
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None], ids=["float32 taps", "half taps"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves_are_computed_in_float32_and_rounded_once(backend, torch_rng, dtype, weight_dtype):
+    x, history = (torch.randn(2, 31, l, generator=torch_rng).to(dtype) for l in (65, 3))
+    weight = torch.randn(31, 4, generator=torch_rng).to(weight_dtype or dtype)
+    bias = torch.randn(31, generator=torch_rng)
+    exact = oracles.causal_conv1d(x, weight, bias, history)
+    v, state = oracles.call(backend, "causal_conv1d", x, weight, bias, state=ConvState(history))
+    info = torch.finfo(dtype)
+    rounding = exact.v.abs() * info.eps + info.smallest_normal * info.eps
+    assert v.dtype == dtype
+    assert_close("causal_conv1d", v, exact.v, budget(exact, 4) + rounding)
+    assert_exact("state", state.values, x[:, :, 62:])
+    q, same_state = oracles.call(
+        backend, "causal_conv1d", x, weight, bias, state=ConvState(history), out_scale=0.03
+    )
+    row = tolerances.GRID
+    assert_grid("causal_conv1d", q, oracles.quantize(exact.v, 0.03), share=row.share, steps=row.steps)
+    assert_exact("state", same_state.values, state.values)
+
+
 def test_no_bias_is_a_zero_bias(torch_rng):
     case = make(torch_rng, with_bias=False)
     assert_exact("v", case.run()[0], case._replace(bias=torch.zeros(31)).run()[0])

@@ -125,6 +125,23 @@ def test_out_of_range_saturates_and_never_wraps(backend, width):
     assert_exact("hadamard", got, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 90, 256, 1536])
+def test_halves_are_computed_in_float32_and_rounded_once(backend, torch_rng, width, dtype):
+    x = torch.randn(5, width, generator=torch_rng).to(dtype)
+    dense = oracles.hadamard_matrix(width)
+    exact = x.double() @ dense.T
+    got = oracles.call(backend, "hadamard", x)
+    info = torch.finfo(dtype)
+    rounding = exact.abs() * info.eps + info.smallest_normal * info.eps
+    magnitude = x.double().abs() @ dense.abs().T
+    assert got.dtype == dtype
+    assert_close("hadamard", got, exact, rounding + tolerances.HADAMARD.budget(magnitude, 100))
+    q = oracles.call(backend, "hadamard", x, out_scale=0.03)
+    row = tolerances.GRID
+    assert_grid("hadamard", q, oracles.quantize(exact, 0.03), share=row.share, steps=row.steps)
+
+
 def test_rows_are_independent_of_the_batch_and_of_strides(torch_rng):
     x = torch.randn(6, 5, 96, generator=torch_rng)
     whole = hadamard(x)

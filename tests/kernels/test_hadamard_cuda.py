@@ -14,6 +14,8 @@ from qmamba_cli.kernels.hadamard.matrix import core_matrix, plan_for
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 PROCESSORS = 132
+# Orders with a kernel to int8 that keeps its blocks.
+STREAMED = (1536, 2048, 3072, 4096, 5120, 7168, 8192)
 MAX_SHARED_BYTES = 99 * 1024
 # Orders 2^k, then K * 2^k for compiled cores, for cores read at run time, then widths in blocks.
 WIDTHS = (
@@ -39,7 +41,7 @@ def test_a_cpu_tensor_is_refused():
 @pytest.mark.parametrize("width", [width for width in WIDTHS if plan_for(width).order > 16])
 def test_layout_of_rows(width, rows):
     plan = plan_for(width)
-    config = cuda._config(plan, rows, PROCESSORS)
+    config = cuda.row_config(plan, rows, PROCESSORS)
     assert config.core << config.bits == plan.order
     # 16-byte stores: blocks begin at a multiple of 16 elements.
     assert config.tile_rows * plan.order % 16 == 0
@@ -48,6 +50,26 @@ def test_layout_of_rows(width, rows):
     assert config.threads % 32 == 0 and config.threads <= 128
     # The kernel's tiles are indexed in 32 bits; short rows share a block only where there are enough of them.
     assert config.tile_rows == 1 or config.tile_rows * plan.order <= max(4096, 16 * plan.order)
+    assert (config.blocks - 1) * config.tile_rows < rows <= config.blocks * config.tile_rows
+
+
+@pytest.mark.parametrize("rows", [1, 3, 131, 1000, 2048, 8192, 100_000])
+@pytest.mark.parametrize("width", STREAMED)
+def test_layout_of_streams(width, rows):
+    plan = plan_for(width)
+    for element_size, shared_bytes in ((2, 100 * 1024), (4, 100 * 1024), (4, 228 * 1024)):
+        config = cuda.stream_config(plan, rows, element_size, PROCESSORS, shared_bytes)
+        assert config.core << config.bits == plan.order
+        assert config.stage_bytes == config.tile_rows * plan.order * element_size
+        # Bulk copies and 16-byte stores.
+        assert config.stage_bytes % 16 == 0
+        tile_bytes = 4 * config.tile_rows * config.core * config.segment_stride
+        assert config.shared_bytes == config.stage_bytes + tile_bytes <= MAX_SHARED_BYTES
+        assert config.threads % 32 == 0 and config.threads <= max(128, 8 * config.core)
+        # Nobody is without a tile, and all blocks are resident at once.
+        tiles = -(-rows // config.tile_rows)
+        resident = max(1, shared_bytes // (config.shared_bytes + 1024))
+        assert 1 <= config.blocks <= min(tiles, resident * PROCESSORS)
 
 
 @pytest.mark.parametrize("bits", range(11))
@@ -62,7 +84,7 @@ def test_segments_hold_their_padding(bits):
 
 @pytest.mark.parametrize("width", [24576, 2**15])
 def test_rows_that_do_not_fit_have_no_layout(width):
-    assert cuda._config(plan_for(width), 8, PROCESSORS) is None
+    assert cuda.row_config(plan_for(width), 8, PROCESSORS) is None
 
 
 @pytest.mark.parametrize("core", [12, 20, 28])
@@ -74,7 +96,7 @@ def test_a_compiled_core_is_the_matrix(core):
 
 
 def test_entries_are_all_that_can_be_launched():
-    assert len(set(cuda.ENTRIES)) == len(cuda.ENTRIES) == 24
+    assert len(set(cuda.ENTRIES)) == len(cuda.ENTRIES) == 30
 
 
 def exact_and_budget(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,6 +150,21 @@ def test_other_dtypes(torch_rng, width, dtype):
     scale = grid_of(exact)
     got = cuda.hadamard(x.cuda(), out_scale=scale).cpu()
     assert_grid("hadamard", got, oracles.quantize(exact, scale), share=tolerances.GRID.share)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("width", STREAMED)
+def test_tiles_in_turn_equal_tiles_alone(torch_rng, width, dtype):
+    # Several turns of every block of any GPU, and a last tile that is not full.
+    x = torch.randn(2501, width, generator=torch_rng).to(dtype).cuda()
+    whole = cuda.hadamard(x, out_scale=0.03)
+    for rows in (slice(0, 1), slice(1, 200), slice(2000, 2501)):
+        assert_exact("rows", cuda.hadamard(x[rows], out_scale=0.03), whole[rows])
+    # The same sums in the same order, one block a tile.
+    y = cuda.hadamard(x.float()).cpu()
+    row = tolerances.GRID
+    assert_grid("hadamard", whole.cpu(), oracles.quantize(y, 0.03), share=row.share, steps=row.steps)
 
 
 @pytest.mark.gpu

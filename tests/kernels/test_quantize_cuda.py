@@ -108,6 +108,31 @@ def test_per_token_is_exact(poisoned_memory, torch_rng, shape, layout):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 31, 65), (3, 96, 5), (1, 8, 1025)], ids="{0[0]}-{0[1]}-{0[2]}".format)
+def test_halves_are_exact(poisoned_memory, torch_rng, shape, layout, dtype):
+    x = values(torch_rng, shape).to(dtype)
+    laid = lay_out(x.to(DEVICE), layout)
+    for scale in (0.5, 0.037, 1e5):
+        assert_exact("quantize", cuda.quantize(laid, scale).cpu(), reference.quantize(x, scale))
+    wanted, wanted_scale = reference.quantize_per_token(x)
+    q, scale = cuda.quantize_per_token(laid)
+    assert_exact("scale", scale.cpu(), wanted_scale)
+    assert_exact("q", q.cpu(), wanted)
+
+
+def test_the_reference_widens_halves_first():
+    # The reciprocal of the scale is no bfloat16, and neither is the product.
+    x = torch.tensor([[[1.0, 0.3], [-3.0, 100.0]]], dtype=torch.bfloat16)
+    assert_exact("quantize", reference.quantize(x, 0.037), reference.quantize(x.float(), 0.037))
+    wanted, wanted_scale = reference.quantize_per_token(x.float())
+    q, scale = reference.quantize_per_token(x)
+    assert_exact("q", q, wanted)
+    assert_exact("scale", scale, wanted_scale)
+
+
+@gpu
 @pytest.mark.parametrize("count", [1, 3, 4, 4095, 4096, 4097, 70_001])
 def test_flat_tensors_at_any_offset(torch_rng, count):
     whole = values(torch_rng, (count + 5,)).to(DEVICE)
@@ -140,6 +165,6 @@ def test_empty_and_wrong_inputs():
     with pytest.raises(ShapeError, match="scale must be finite and > 0"):
         cuda.quantize(torch.zeros(4, device=DEVICE), 0.0)
     with pytest.raises(ShapeError, match=r"expected torch\.float32"):
-        cuda.quantize(torch.zeros(4, device=DEVICE, dtype=torch.float16), 1.0)
+        cuda.quantize(torch.zeros(4, device=DEVICE, dtype=torch.float64), 1.0)
     with pytest.raises(ShapeError, match=r"\(b, d, l\) with d >= 1"):
         cuda.quantize_per_token(torch.zeros(4, 4, device=DEVICE))

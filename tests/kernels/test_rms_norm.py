@@ -5,7 +5,7 @@ import torch
 from close import assert_close, assert_exact, assert_grid
 
 from qmamba_cli.errors import ShapeError
-from qmamba_cli.kernels.rms_norm.reference import rms_norm
+from qmamba_cli.kernels.rms_norm.reference import add_rms_norm, rms_norm
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -37,6 +37,28 @@ def test_quantized_output_is_the_grid_of_the_float_output(backend, torch_rng, wi
     got = oracles.call(backend, "rms_norm", x, None, eps=EPSILON, out_scale=scale)
     row = tolerances.GRID
     assert_grid("rms_norm", got, oracles.quantize(exact, scale), share=row.share, steps=row.steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_half_is_the_float_output_rounded_once(backend, torch_rng, dtype):
+    x, weight = torch.randn(3, 5, 96, generator=torch_rng), torch.randn(96, generator=torch_rng)
+    exact = oracle(x, weight, EPSILON)
+    got = oracles.call(backend, "rms_norm", x, weight, eps=EPSILON, out_dtype=dtype)
+    assert got.dtype == dtype
+    info = torch.finfo(dtype)
+    rounding = exact.abs() * info.eps + info.smallest_normal * info.eps
+    assert_close("rms_norm", got, exact, tolerances.RMS_NORM.budget(exact.abs(), 96 + 6) + rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_with_the_addition_it_is_the_addition_and_the_norm(torch_rng, dtype):
+    residual, delta = (torch.randn(2, 3, 31, generator=torch_rng) for _ in range(2))
+    delta = delta.to(dtype)
+    before = residual.clone()
+    normed, added = add_rms_norm(residual, delta, None, eps=EPSILON, out_scale=0.03)
+    assert_exact("residual", residual, before)
+    assert_exact("sum", added, (residual.double() + delta.double()).float())
+    assert_exact("norm", normed, rms_norm(added, None, eps=EPSILON, out_scale=0.03))
 
 
 def test_out_of_range_saturates_and_never_wraps(backend):

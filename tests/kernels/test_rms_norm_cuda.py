@@ -20,8 +20,9 @@ def exact(x: torch.Tensor, weight: torch.Tensor | None, eps: float = EPSILON) ->
     return reference.rms_norm(x.double(), None if weight is None else weight.double(), eps=eps)
 
 
-def test_signatures_are_equal():
-    assert inspect.signature(cuda.rms_norm) == inspect.signature(reference.rms_norm)
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
+def test_signatures_are_equal(name):
+    assert inspect.signature(getattr(cuda, name)) == inspect.signature(getattr(reference, name))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -34,7 +35,7 @@ def test_launch_shape(width):
 
 
 def test_entries_are_all_that_can_be_launched():
-    assert len(set(cuda.ENTRIES)) == len(cuda.ENTRIES) == 4
+    assert len(set(cuda.ENTRIES)) == len(cuda.ENTRIES) == 16
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,15 @@ def test_entries_are_all_that_can_be_launched():
 def test_refusals(x, weight, message):
     with pytest.raises(ShapeError, match=message):
         cuda.rms_norm(x, weight, eps=EPSILON)
+
+
+def test_other_dtypes_of_the_output_and_the_delta_are_refused():
+    x = torch.zeros(2, 4)
+    with pytest.raises(ShapeError, match=r"`out_dtype` is torch\.float64, expected float32"):
+        cuda.rms_norm(x, None, eps=EPSILON, out_dtype=torch.float64)
+    for delta in (torch.zeros(2, 4, dtype=torch.int8), torch.zeros(1, 4)):
+        with pytest.raises(ShapeError, match="`delta` is"):
+            cuda.add_rms_norm(x, delta, None, eps=EPSILON)
 
 
 def test_a_zero_scale_is_refused():
@@ -80,6 +90,30 @@ def test_int8(torch_rng, width, saturated):
     got = cuda.rms_norm(x.cuda(), weight.cuda(), eps=EPSILON, out_scale=scale).cpu()
     row = tolerances.GRID
     assert_grid("rms_norm", got, oracles.quantize(expected, scale), share=row.share, steps=row.steps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_halves(torch_rng, width, dtype):
+    x, weight = torch.randn(7, width, generator=torch_rng) * 3, torch.randn(width, generator=torch_rng)
+    got = cuda.rms_norm(x.cuda(), weight.cuda(), eps=EPSILON, out_dtype=dtype)
+    # The float32 output, rounded once.
+    assert_exact("half", got, cuda.rms_norm(x.cuda(), weight.cuda(), eps=EPSILON).to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_with_the_addition(torch_rng, width, dtype):
+    residual, delta = (torch.randn(2, 5, width, generator=torch_rng).cuda() for _ in range(2))
+    before = residual.clone()
+    delta = delta.to(dtype)
+    for options in ({"out_scale": 0.03}, {"out_dtype": torch.bfloat16}, {}):
+        normed, added = cuda.add_rms_norm(residual, delta, None, eps=EPSILON, **options)
+        assert_exact("residual", residual, before)
+        assert_exact("sum", added, residual + delta.float())
+        assert_exact("norm", normed, cuda.rms_norm(added, None, eps=EPSILON, **options))
 
 
 @pytest.mark.gpu

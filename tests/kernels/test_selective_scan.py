@@ -331,6 +331,40 @@ def test_fake_quantized_u_is_what_requantizing_reads(torch_rng):
     assert_exact("y", got.y, expected.y)
 
 
+def half_rounding(dtype: torch.dtype, exact: oracles.Scan) -> torch.Tensor:
+    """What rounding y once may add: half a unit in the last place, a normal number's at least.
+
+    A quarter more keeps a value near the middle of two, which uses all of it, from warning.
+    """
+    largest = (exact.y.abs() + exact.y_bound).clamp(min=torch.finfo(dtype).tiny)
+    return 1.25 * largest * torch.finfo(dtype).eps / 2
+
+
+@both_orders
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("l", [1, 70], ids="l{}".format)
+def test_half_precision_is_the_float32_scan_rounded_once(backend, torch_rng, order, dtype, l):
+    case = make(torch_rng, l=l, int8=False)
+    half = case._replace(**{name: getattr(case, name).to(dtype) for name in ("u", "dt", "B", "C", "z")})
+    state = torch.randn(2, 5, 8, generator=torch_rng)
+    got, exact = half.on(backend, order, state=state), half.oracle(state)
+    assert got.y.dtype == dtype and got.state.dtype == torch.float32
+    assert_close("y", got.y, exact.y, exact.y_bound + half_rounding(dtype, exact))
+    assert_close("state", got.state, exact.states[:, -1], exact.state_bounds[:, -1])
+
+
+@both_orders
+def test_a_mixture_of_dtypes_is_computed_in_float32(backend, torch_rng, order):
+    case = make(torch_rng, l=66)
+    mixed = case._replace(
+        u=(case.u.float() * SCALES["u_scale"]).bfloat16(), z=case.z.float() * SCALES["z_scale"]
+    )
+    widened = mixed._replace(u=mixed.u.float())
+    got, expected = (x.on(backend, order, **SCALES) for x in (mixed, widened))
+    assert_exact("y", got.y, expected.y.bfloat16())
+    assert_exact("state", got.state, expected.state)
+
+
 def test_refusals(torch_rng):
     case = make(torch_rng, l=4)
     order = ScanOrder.CHUNKED
@@ -338,7 +372,7 @@ def test_refusals(torch_rng):
         scales: dict[str, Any] = {**SCALES, f"{name.lower()}_scale": None}
         with pytest.raises(ShapeError, match=f"`{name}` is int8 and needs `{name.lower()}_scale`"):
             selective_scan(*case, order=order, **scales)
-        with pytest.raises(ShapeError, match=f"`{name}` is torch.float64, expected int8 or float32"):
+        with pytest.raises(ShapeError, match=f"`{name}` is torch.float64, expected int8, float32, float16"):
             selective_scan(*case._replace(**{name: getattr(case, name).double()}), order=order, **SCALES)
     with pytest.raises(ShapeError, match="requantizing `u` needs `u_scale`"):
         make(torch_rng, l=4, int8=False).run(order, requantize_u=True)

@@ -11,7 +11,16 @@ from qmamba_cli.errors import DeviceError, UsageError
 from qmamba_cli.kernels._source import COMPILE_OPTIONS, kernel_source
 
 # Operators that have kernels; each module lists its source and every instance it can launch.
-OPERATORS = ("causal_conv1d", "hadamard", "linear", "quantize", "rms_norm", "selective_scan")
+OPERATORS = (
+    "causal_conv1d",
+    "decode",
+    "embedding",
+    "hadamard",
+    "linear",
+    "quantize",
+    "rms_norm",
+    "selective_scan",
+)
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 

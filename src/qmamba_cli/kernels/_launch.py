@@ -4,6 +4,9 @@ torch owns memory and streams: a launch takes torch tensors, runs on the current
 captured by a CUDA graph like any other kernel.
 """
 
+import ctypes
+import sys
+import time
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeAlias
@@ -13,6 +16,7 @@ import torch
 
 from qmamba_cli.errors import DeviceError, QmambaError, ShapeError
 from qmamba_cli.kernels._source import COMPILE_OPTIONS, kernel_source
+from qmamba_cli.progress import notice
 
 # A pointer, a scalar whose width is spelled out (a bare Python number would be passed as 64 bits), or null.
 Arg: TypeAlias = torch.Tensor | np.int32 | np.int64 | np.float32 | None
@@ -64,6 +68,7 @@ def launch(
     args: Sequence[Arg],
     device: torch.device,
     shared_bytes: int = 0,
+    overlap: bool = False,
 ) -> None:
     """Launch one kernel on torch's current stream of ``device``; compiles it on first use.
 
@@ -75,6 +80,8 @@ def launch(
         args: the kernel's parameters in order.
         device: where the tensors live.
         shared_bytes: dynamic shared memory.
+        overlap: the kernel may start while the one before it in the stream still runs (programmatic dependent
+            launch); it waits for that one itself. Ignored where the GPU or its driver cannot.
 
     Raises:
         ShapeError: the problem exceeds the grid.
@@ -88,7 +95,11 @@ def launch(
     values = [_value(arg) for arg in args]
     with cupy.cuda.Device(device.index or 0), _stream(stream, device.index or 0):
         _allow_shared(kernel, shared_bytes)
-        kernel(grid, block, tuple(values), shared_mem=shared_bytes)
+        if overlap and _can_overlap(device.index or 0):
+            _prefer_shared(source, entry, device.index or 0)
+            _launch_overlapping(kernel.kernel.ptr, grid, block, values, shared_bytes, stream, entry)
+        else:
+            kernel(grid, block, tuple(values), shared_mem=shared_bytes)
 
 
 @cache
@@ -99,17 +110,124 @@ def _kernel(source: str, entry: str, device_index: int) -> Any:
         module = cupy.RawModule(
             code=kernel_source(source), options=COMPILE_OPTIONS, name_expressions=(entry,), backend="nvrtc"
         )
+        started = time.perf_counter()
         try:
             kernel = module.get_function(entry)
         except cupy.cuda.compiler.CompileException as error:
             raise QmambaError(f"kernel `{entry}` of `{source}` does not compile: {error}") from None
+        _tell_of_compiling(time.perf_counter() - started)
     return kernel
+
+
+# A kernel in CuPy's cache is loaded within milliseconds.
+_COMPILED_S = 0.1
+_TOLD: list[str] = []
+
+
+def _tell_of_compiling(seconds: float) -> None:
+    """Say once why the first use of a GPU takes seconds."""
+    if seconds > _COMPILED_S and not _TOLD:
+        _TOLD.append(
+            "compiling CUDA kernels for this GPU, a few seconds; later runs find them in CuPy's cache"
+        )
+        notice(_TOLD[0])
 
 
 def _allow_shared(kernel: Any, shared_bytes: int) -> None:
     """Raise a kernel's limit of dynamic shared memory; never lower it, since all its launches share it."""
     if shared_bytes > max(_DEFAULT_SHARED_BYTES, kernel.max_dynamic_shared_size_bytes):
         kernel.max_dynamic_shared_size_bytes = shared_bytes
+
+
+@cache
+def _prefer_shared(source: str, entry: str, device_index: int) -> None:
+    """Ask for the largest share of shared memory, whatever the kernel needs itself.
+
+    A multiprocessor changes that share only while it is idle, so kernels that are to run side by side must
+    agree on it.
+    """
+    _kernel(source, entry, device_index).preferred_shared_memory_carveout = 100
+
+
+# CUlaunchAttributeID, of the driver's stable interface.
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_OVERLAP_CAPABILITY = (9, 0)
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: an id and a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_uint), ("value", ctypes.c_ulonglong * 8))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def _launch_overlapping(
+    function: int,
+    grid: tuple[int, int, int],
+    block: tuple[int, int, int],
+    values: Sequence[Any],
+    shared_bytes: int,
+    stream: int,
+    entry: str,
+) -> None:
+    """Launch a driver function with programmatic stream serialization; the context must be current."""
+    attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
+    ctypes.cast(attribute.value, ctypes.POINTER(ctypes.c_int))[0] = 1
+    config = _LaunchConfig(
+        grid=grid,
+        block=block,
+        shared_bytes=shared_bytes,
+        stream=stream,
+        attributes=ctypes.pointer(attribute),
+        attribute_count=1,
+    )
+    slots, addresses = _parameters(values)
+    driver = _driver()
+    if driver is None:
+        raise QmambaError("the CUDA driver's library is gone")
+    status = driver.cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), addresses, None)
+    del slots  # the driver has copied the parameters
+    if status:
+        raise QmambaError(f"{entry}: the GPU refuses the launch, CUDA driver error {status}")
+
+
+def _parameters(values: Sequence[Any]) -> tuple[Any, Any]:
+    """Sized numpy scalars in slots of 8 bytes, and the array of their addresses that the driver wants."""
+    slots = (ctypes.c_ulonglong * max(1, len(values)))()
+    base = ctypes.addressof(slots)
+    for i, value in enumerate(values):
+        data = value.tobytes()
+        ctypes.memmove(base + 8 * i, data, len(data))
+    addresses = (ctypes.c_void_p * max(1, len(values)))(*(base + 8 * i for i in range(len(values))))
+    return slots, addresses
+
+
+@cache
+def _can_overlap(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index) >= _OVERLAP_CAPABILITY and _driver() is not None
+
+
+@cache
+def _driver() -> Any:
+    """The CUDA driver with cuLaunchKernelEx (CUDA 11.8 or newer), or None."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        library.cuLaunchKernelEx.restype = ctypes.c_int
+    except (OSError, AttributeError):
+        return None
+    return library
 
 
 class _TorchStream:

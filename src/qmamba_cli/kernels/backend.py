@@ -8,11 +8,12 @@ import torch
 
 from qmamba_cli.errors import DeviceError, UsageError
 from qmamba_cli.kernels.causal_conv1d import reference as conv_reference
+from qmamba_cli.kernels.embedding import reference as embedding_reference
 from qmamba_cli.kernels.hadamard import reference as hadamard_reference
 from qmamba_cli.kernels.linear import reference as linear_reference
+from qmamba_cli.kernels.quantize import reference as quantize_reference
 from qmamba_cli.kernels.rms_norm import reference as norm_reference
 from qmamba_cli.kernels.selective_scan import reference as scan_reference
-from qmamba_cli.quant import grid
 
 BACKENDS = ("auto", "cpu", "cuda")
 
@@ -24,11 +25,14 @@ class Backend:
     Attributes:
         name: ``cpu`` or ``cuda``.
         device: where tensors live.
-        quantize: `quant.grid.quantize`.
+        quantize: `kernels.quantize.reference.quantize`.
         dequantize: `quant.grid.dequantize`.
-        quantize_per_token: `quant.grid.quantize_per_token`.
+        quantize_per_token: `kernels.quantize.reference.quantize_per_token`.
         rms_norm: `kernels.rms_norm.reference.rms_norm`.
         linear: `kernels.linear.reference.linear`.
+        linear_split: `kernels.linear.reference.linear_split`.
+        embedding: `kernels.embedding.reference.embedding`.
+        unrotate: `kernels.embedding.reference.unrotate`.
         causal_conv1d: `kernels.causal_conv1d.reference.causal_conv1d`.
         selective_scan: `kernels.selective_scan.reference.selective_scan`.
         hadamard: `kernels.hadamard.reference.hadamard`.
@@ -41,6 +45,9 @@ class Backend:
     quantize_per_token: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     rms_norm: Callable[..., torch.Tensor]
     linear: Callable[..., torch.Tensor]
+    linear_split: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    embedding: Callable[..., torch.Tensor]
+    unrotate: Callable[..., torch.Tensor]
     causal_conv1d: Callable[..., tuple[torch.Tensor, conv_reference.ConvState]]
     selective_scan: Callable[..., scan_reference.ScanResult]
     hadamard: Callable[..., torch.Tensor]
@@ -49,11 +56,14 @@ class Backend:
 CPU = Backend(
     name="cpu",
     device=torch.device("cpu"),
-    quantize=grid.quantize,
-    dequantize=grid.dequantize,
-    quantize_per_token=grid.quantize_per_token,
+    quantize=quantize_reference.quantize,
+    dequantize=quantize_reference.dequantize,
+    quantize_per_token=quantize_reference.quantize_per_token,
     rms_norm=norm_reference.rms_norm,
     linear=linear_reference.linear,
+    linear_split=linear_reference.linear_split,
+    embedding=embedding_reference.embedding,
+    unrotate=embedding_reference.unrotate,
     causal_conv1d=conv_reference.causal_conv1d,
     selective_scan=scan_reference.selective_scan,
     hadamard=hadamard_reference.hadamard,
@@ -85,6 +95,7 @@ def _cuda() -> Backend:
 
     _launch.require_device()
     from qmamba_cli.kernels.causal_conv1d import cuda as conv
+    from qmamba_cli.kernels.embedding import cuda as embedding
     from qmamba_cli.kernels.hadamard import cuda as hadamard
     from qmamba_cli.kernels.linear import cuda as linear
     from qmamba_cli.kernels.quantize import cuda as quantize
@@ -99,6 +110,9 @@ def _cuda() -> Backend:
         quantize_per_token=quantize.quantize_per_token,
         rms_norm=norm.rms_norm,
         linear=linear.linear,
+        linear_split=linear.linear_split,
+        embedding=embedding.embedding,
+        unrotate=embedding.unrotate,
         causal_conv1d=conv.causal_conv1d,
         selective_scan=scan.selective_scan,
         hadamard=hadamard.hadamard,

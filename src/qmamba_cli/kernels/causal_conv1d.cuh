@@ -1,5 +1,5 @@
-// What the causal_conv1d kernels share: SiLU onto either output, and sequences in either layout with their states.
-// Included after numerics.cuh. Formula, layouts and numerics are described in causal_conv1d/causal_conv1d.cu.
+// What the causal_conv1d kernels share: SiLU onto either output, sequences in either layout with their states, and four
+// channels side by side. Included after numerics.cuh and half.cuh; causal_conv1d/causal_conv1d.cu describes all of it.
 #ifndef QM_CAUSAL_CONV1D_CUH
 #define QM_CAUSAL_CONV1D_CUH
 
@@ -91,16 +91,27 @@ struct Sequence {
 
   // Any step: those before the call come from the state, those outside are 0.
   __device__ __forceinline__ In sample(int c, int t) const {
-    if (c >= d || t >= l) return In(0);
+    if (c >= d || t >= l) return In{};
     if (t >= 0) return *at(c, t);
     const int i = t + w - 1;
-    return state != nullptr && i >= 0 ? state[static_cast<i64>(c) * (w - 1) + i] : In(0);
+    return state != nullptr && i >= 0 ? state[static_cast<i64>(c) * (w - 1) + i] : In{};
   }
 
+  // The last w - 1 steps of channel c; all are read before one is written, which waits once.
   __device__ __forceinline__ void store_state(int c) const {
     if (c >= d) return;
-#pragma unroll 1
-    for (int i = 0; i < w - 1; ++i) state_out[static_cast<i64>(c) * (w - 1) + i] = sample(c, l - (w - 1) + i);
+    In last[HISTORY];
+#pragma unroll
+    for (int i = 0; i < HISTORY; ++i) last[i] = sample(c, l - HISTORY + i);
+    store_state(c, last);
+  }
+  // The same from the last three steps, oldest first.
+  __device__ __forceinline__ void store_state(int c, const In (&last)[HISTORY]) const {
+#pragma unroll
+    for (int i = 0; i < HISTORY; ++i) {
+      const int held = i - (4 - w);
+      if (held >= 0 && c < d) state_out[static_cast<i64>(c) * (w - 1) + held] = last[i];
+    }
   }
 };
 
@@ -146,8 +157,12 @@ __device__ __forceinline__ u32 packed_taps(const i8* weight, int c, int w) {
   return pack_bytes(0, w == 3 ? row[0] : 0, row[w - 2], row[w - 1]);
 }
 
-template <typename In>
-__device__ __forceinline__ float tap(const In* weight, int c, int w, int k) {
+// Taps of int8 inputs are int8, of float inputs of any width float32.
+template <typename In> struct Taps { typedef float type; };
+template <> struct Taps<i8> { typedef i8 type; };
+
+template <typename Weight>
+__device__ __forceinline__ float tap(const Weight* weight, int c, int w, int k) {
   const int i = k - (4 - w);
   return i < 0 ? 0.0f : static_cast<float>(weight[static_cast<i64>(c) * w + i]);
 }
@@ -166,6 +181,20 @@ template <> struct Raw<i8> {
   __device__ __forceinline__ float operator[](int k) const { return qm_i8_to_f32(bits >> (8 * k)); }
   __device__ __forceinline__ i8 element(int k) const { return static_cast<i8>(bits >> (8 * k)); }
 };
+template <typename Half> struct RawHalves {
+  uint2 bits;
+  __device__ __forceinline__ void set(Half a, Half b, Half c, Half d) {
+    bits = make_uint2(a.bits | static_cast<u32>(b.bits) << 16, c.bits | static_cast<u32>(d.bits) << 16);
+  }
+  __device__ __forceinline__ void load(const Half* from) { bits = *reinterpret_cast<const uint2*>(from); }
+  __device__ __forceinline__ void store(Half* to) const { *reinterpret_cast<uint2*>(to) = bits; }
+  __device__ __forceinline__ Half element(int k) const {
+    return {static_cast<unsigned short>((k < 2 ? bits.x : bits.y) >> (16 * (k % 2)))};
+  }
+  __device__ __forceinline__ float operator[](int k) const { return widen(element(k)); }
+};
+template <> struct Raw<F16> : RawHalves<F16> {};
+template <> struct Raw<BF16> : RawHalves<BF16> {};
 template <> struct Raw<float> {
   float4 four;
   __device__ __forceinline__ void set(float a, float b, float c, float d) { four = make_float4(a, b, c, d); }
@@ -204,7 +233,7 @@ __device__ __forceinline__ Raw<In> load_four(const Sequence<In, CHANNELS>& x, in
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const int ck = CHANNELS ? c + k : c, tk = CHANNELS ? t : t + k;
-    each[k] = PAST ? x.sample(ck, tk) : ck < x.d && tk < x.l ? *x.at(ck, tk) : In(0);
+    each[k] = PAST ? x.sample(ck, tk) : ck < x.d && tk < x.l ? *x.at(ck, tk) : In{};
   }
   four.set(each[0], each[1], each[2], each[3]);
   return four;
@@ -233,16 +262,110 @@ __device__ __forceinline__ void finish(const float (&sum)[4], const float (&scal
   out.bits = silu_quantized<BOUNDED>(t, step);
 }
 
-template <bool BOUNDED>
+template <bool BOUNDED, typename Out>
 __device__ __forceinline__ void finish(const float (&sum)[4], const float (&scale)[4], const float (&bias)[4],
-                                       float, Raw<float>& out) {
-  out.set(silu(fmaf(sum[0], scale[0], bias[0])), silu(fmaf(sum[1], scale[1], bias[1])),
-          silu(fmaf(sum[2], scale[2], bias[2])), silu(fmaf(sum[3], scale[3], bias[3])));
+                                       float, Raw<Out>& out) {
+  Out four[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) narrow(silu(fmaf(sum[k], scale[k], bias[k])), four[k]);
+  out.set(four[0], four[1], four[2], four[3]);
 }
 
 template <typename Out>
 __device__ __forceinline__ float for_output(float value) {
   return sizeof(Out) == 1 ? -LOG2E * value : value;
+}
+
+// What a thread of the channel-contiguous kernels knows about four of its channels.
+struct Quad {
+  float scale[4], bias[4];
+
+  __device__ __forceinline__ void load(const float* weight_scale, const float* biases, float x_scale, int c, int d) {
+    const Raw<float> scales = four_or_else(weight_scale, c, d, 1.0f), offsets = four_or_else(biases, c, d, 0.0f);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      scale[j] = scales[j] * x_scale;
+      bias[j] = offsets[j];
+    }
+  }
+
+  // Whether exp2 could overflow for a sum of int8 products.
+  __device__ __forceinline__ bool large() const {
+    bool any = false;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) any |= !(fabsf(scale[j]) * MAX_DOT + fabsf(bias[j]) < UNBOUNDED_SUM);
+    return any;
+  }
+
+  template <typename Out>
+  __device__ __forceinline__ void convert() {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      scale[j] = for_output<Out>(scale[j]);
+      bias[j] = for_output<Out>(bias[j]);
+    }
+  }
+};
+
+// Windows of four channels: the latest step in the highest byte.
+struct Windows {
+  u32 four[4];
+
+  // A row is one step of the four channels.
+  __device__ __forceinline__ void push(u32 row) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) four[j] = __byte_perm(four[j], row, 0x0321 + ((4 + j) << 12));
+  }
+
+  template <typename Out, bool BOUNDED>
+  __device__ __forceinline__ Raw<Out> output(const u32 (&taps)[4], const Quad& quad, float step) const {
+    float sum[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum[j] = dot(four[j], taps[j]);
+    Raw<Out> out;
+    finish<BOUNDED>(sum, quad.scale, quad.bias, step, out);
+    return out;
+  }
+
+  // The last w - 1 steps are the new state.
+  __device__ __forceinline__ void store_state(const Sequence<i8, true>& x, int c) const {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const i8 last[HISTORY] = {static_cast<i8>(four[j] >> 8), static_cast<i8>(four[j] >> 16),
+                                static_cast<i8>(four[j] >> 24)};
+      x.store_state(c + j, last);
+    }
+  }
+};
+
+// `rows` rows further, in one instruction; written out, since the compiler would make many of it.
+template <typename T>
+__device__ __forceinline__ T* rows_ahead(T* from, u32 stride_bytes, u32 rows) {
+  T* to;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(stride_bytes), "r"(rows), "l"(from));
+  __builtin_assume(__isGlobal(to));
+  return to;
+}
+
+// One step of a thread's channels, as it lies in memory. Volatile: the compiler would read a step just before its use.
+template <int QUADS> struct Step;
+template <> struct Step<1> {
+  u32 word[1];
+  __device__ __forceinline__ void load(const i8* from) {
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word[0]) : "l"(from));
+  }
+};
+template <> struct Step<2> {
+  u32 word[2];
+  __device__ __forceinline__ void load(const i8* from) {
+    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(from));
+  }
+};
+
+template <typename Out>
+__device__ __forceinline__ void store_step(const Raw<Out> (&fours)[1], Out* to) { fours[0].store(to); }
+__device__ __forceinline__ void store_step(const Raw<i8> (&fours)[2], i8* to) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(fours[0].bits, fours[1].bits);
 }
 
 #endif

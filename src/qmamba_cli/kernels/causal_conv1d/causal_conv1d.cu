@@ -2,7 +2,8 @@
 //
 //   acc[c,t] = sum_k x[c, t-w+1+k] * weight[c,k]
 //   a[c,t]   = acc * s[c] + bias[c]              s = x_scale * weight_scale[c], weight_scale[c] or 1
-//   out[c,t] = a / (1 + exp(-a))                 float32, or that divided by out_scale, rounded and saturated to int8
+//   out[c,t] = a / (1 + exp(-a))                 float32, rounded once to x's dtype if that is a half; or divided by
+//                                                out_scale, rounded and saturated to int8
 //
 // Shapes and layout. x is (b, d, l); one of its last two axes is contiguous, the other has any stride. The output has
 // the same axis contiguous and is dense. weight (d, w), bias (d), weight_scale (d), state (b, d, w-1) and the token
@@ -12,8 +13,8 @@
 //                         4 steps (else), and walks `span` rows, the next row's loads in flight:
 //                             row c    |piece 0|piece 1|..      each piece also reads the 3 steps before it
 //                             row c+1  |piece 0|piece 1|..
-//   channels contiguous   block = (quads of channels) x (runs). A thread owns 4 channels and walks a run of `span`
-//                         steps, the window in registers and the next 4 steps' loads in flight:
+//   channels contiguous   block = (quads of channels) x (runs). A thread owns 4 channels, or 8 of aligned int8 to int8,
+//                         and walks a run of `span` steps, the window in registers:
 //                             t     |quad 0|quad 1|..           one row is one coalesced access
 //                             t+1   |quad 0|quad 1|..
 //
@@ -31,6 +32,7 @@
 //
 // Source: the reference beside this file. No kernel of another project was used.
 #include "numerics.cuh"
+#include "half.cuh"
 #include "causal_conv1d.cuh"
 
 // Steps whose loads are in flight at a time, channels contiguous.
@@ -132,148 +134,126 @@ __global__ void __launch_bounds__(THREADS, 10)
   }
 }
 
-// What a thread of the channel-contiguous kernels knows about its four channels.
-struct Quad {
-  float scale[4], bias[4];
-
-  __device__ __forceinline__ Quad(const float* weight_scale, const float* biases, float x_scale, int c, int d) {
-    const Raw<float> scales = four_or_else(weight_scale, c, d, 1.0f), offsets = four_or_else(biases, c, d, 0.0f);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      scale[j] = scales[j] * x_scale;
-      bias[j] = offsets[j];
-    }
-  }
-
-  // Whether exp2 could overflow for a sum of int8 products.
-  __device__ __forceinline__ bool large() const {
-    bool any = false;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) any |= !(fabsf(scale[j]) * MAX_DOT + fabsf(bias[j]) < UNBOUNDED_SUM);
-    return any;
-  }
-
-  template <typename Out>
-  __device__ __forceinline__ void convert() {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      scale[j] = for_output<Out>(scale[j]);
-      bias[j] = for_output<Out>(bias[j]);
-    }
-  }
-};
-
-template <typename In>
-__device__ __forceinline__ void load_rows(Raw<In> (&rows)[4], const Sequence<In, true>& x, int c, int t, bool vector) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) rows[k] = load_four<false>(x, c, t + k, vector);
-}
-
-// Windows of four channels: the latest step in the highest byte.
-struct Windows {
-  u32 four[4];
-
-  // A row is one step of the four channels.
-  __device__ __forceinline__ void push(u32 row) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) four[j] = __byte_perm(four[j], row, 0x0321 + ((4 + j) << 12));
-  }
+// The windows of 4 * QUADS channels and what turns them into outputs.
+template <int QUADS>
+struct Channels {
+  Windows windows[QUADS];
+  u32 taps[QUADS][4];
+  Quad quads[QUADS];
 
   template <typename Out, bool BOUNDED>
-  __device__ __forceinline__ Raw<Out> output(const u32 (&taps)[4], const Quad& quad, float step) const {
-    float sum[4];
+  __device__ __forceinline__ void output(float step, Raw<Out> (&fours)[QUADS]) const {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sum[j] = dot(four[j], taps[j]);
-    Raw<Out> out;
-    finish<BOUNDED>(sum, quad.scale, quad.bias, step, out);
-    return out;
+    for (int i = 0; i < QUADS; ++i) fours[i] = windows[i].template output<Out, BOUNDED>(taps[i], quads[i], step);
   }
 
-  // The last w - 1 steps are the new state.
-  __device__ __forceinline__ void store_state(const Sequence<i8, true>& x, int c) const {
+  // The steps before t; those before the call come from the state.
+  __device__ __forceinline__ void load_past(const Sequence<i8, true>& x, int c, int t, bool whole) {
+    if (whole && t >= HISTORY) {
+      Step<QUADS> past[HISTORY];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (c + j >= x.d) return;
-      i8* to = x.state_out + static_cast<i64>(c + j) * (x.w - 1);
+      for (int k = 0; k < HISTORY; ++k) past[k].load(x.at(c, t - HISTORY + k));
 #pragma unroll
-      for (int i = 0; i < HISTORY; ++i) {
-        if (i < x.w - 1) to[i] = static_cast<i8>(four[j] >> (8 * (5 - x.w + i)));
+      for (int k = 0; k < HISTORY; ++k) {
+#pragma unroll
+        for (int i = 0; i < QUADS; ++i) windows[i].push(past[k].word[i]);
       }
+      return;
+    }
+#pragma unroll 1
+    for (int k = -HISTORY; k < 0; ++k) {
+#pragma unroll
+      for (int i = 0; i < QUADS; ++i) windows[i].push(load_four<true>(x, c + 4 * i, t + k, whole).bits);
     }
   }
 };
 
-// Steps t to end of four channels. whole: all four exist and are aligned in x and out.
-template <typename Out, bool BOUNDED>
-__device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Windows& windows, const u32 (&taps)[4],
-                                            const Quad& quad, Out* out, int c, int t, int end, bool whole,
-                                            float step) {
+// Steps t to end of a thread's channels. whole: all of them exist and are aligned in x and out.
+template <typename Out, bool BOUNDED, int QUADS>
+__device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channels<QUADS>& own, Out* out, int c, int t,
+                                            int end, bool whole, float step) {
   Out* to = out + static_cast<i64>(t) * x.d + c;
+  Raw<Out> fours[QUADS];
   if (whole && t + GROUP <= end) {
+    const u32 stride = static_cast<u32>(x.stride), out_stride = x.d * sizeof(Out);
     const i8* from = x.at(c, t);
-    u32 rows[GROUP];
+    Step<QUADS> rows[GROUP];
 #pragma unroll
-    for (int k = 0; k < GROUP; ++k, from += x.stride) rows[k] = *reinterpret_cast<const u32*>(from);
+    for (u32 k = 0; k < GROUP; ++k) rows[k].load(rows_ahead(from, stride, k));
 #pragma unroll 1
     for (; t + GROUP <= end; t += GROUP) {
       const bool more = t + 2 * GROUP <= end;
+      from = rows_ahead(from, stride, GROUP);
 #pragma unroll
-      for (int k = 0; k < GROUP; ++k, to += x.d, from += x.stride) {
-        windows.push(rows[k]);
+      for (u32 k = 0; k < GROUP; ++k) {
+#pragma unroll
+        for (int i = 0; i < QUADS; ++i) own.windows[i].push(rows[k].word[i]);
         // A step's register is loaded again as soon as it is free.
-        if (more) rows[k] = *reinterpret_cast<const u32*>(from);
-        windows.output<Out, BOUNDED>(taps, quad, step).store(to);
+        if (more) rows[k].load(rows_ahead(from, stride, k));
+        own.template output<Out, BOUNDED>(step, fours);
+        store_step(fours, rows_ahead(to, out_stride, k));
       }
+      to = rows_ahead(to, out_stride, GROUP);
     }
   }
 #pragma unroll 1
   for (; t < end; ++t, to += x.d) {
-    windows.push(load_four<false>(x, c, t, whole).bits);
-    store_four(windows.output<Out, BOUNDED>(taps, quad, step), to, x.d - c, whole);
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) own.windows[i].push(load_four<false>(x, c + 4 * i, t, whole).bits);
+    own.template output<Out, BOUNDED>(step, fours);
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) store_four(fours[i], to + 4 * i, x.d - c - 4 * i, whole);
   }
 }
 
-// The same, channels contiguous. x: (l, d) a sequence. span: steps a thread, a multiple of 4.
-template <typename Out>
-__global__ void __launch_bounds__(THREADS, 8)
+// The same, channels contiguous. x: (l, d) a sequence. span: steps a thread, a multiple of 4. load_vector,
+// store_vector: rows are aligned to 4 * QUADS elements, and less than 2^32 bytes apart.
+template <typename Out, int QUADS>
+__global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 6)
     causal_conv1d_static_channels(const i8* __restrict__ x, const i8* __restrict__ weight,
                                   const float* __restrict__ weight_scale, const float* __restrict__ bias,
                                   const i8* __restrict__ state, Out* __restrict__ out, i8* __restrict__ state_out,
                                   int d, int l, int w, i64 batch_stride, i64 stride, int span, int load_vector,
                                   int store_vector, float step, float x_scale) {
-  const int c = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+  const int c = (blockIdx.x * blockDim.x + threadIdx.x) * (4 * QUADS);
   const i64 start = (static_cast<i64>(blockIdx.y) * blockDim.y + threadIdx.y) * span;
   if (c >= d || start >= l) return;
   const int t = static_cast<int>(start), end = min(start + span, static_cast<i64>(l));
   const auto seq = sequence<true>(x, batch_stride, stride, state, state_out, d, l, w);
+  const bool whole = load_vector && store_vector && c + 4 * QUADS <= d;
   Out* rows_out = out + static_cast<i64>(blockIdx.z) * l * d;
-  Windows windows = {};
+  Channels<QUADS> own = {};
+  own.load_past(seq, c, t, whole);
+  bool large = false;
 #pragma unroll
-  for (int i = -HISTORY; i < 0; ++i) windows.push(load_four<true>(seq, c, t + i, load_vector).bits);
-  Quad quad(weight_scale, bias, x_scale, c, d);
-  u32 taps[4];
+  for (int i = 0; i < QUADS; ++i) {
+    const int first = c + 4 * i;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) taps[j] = packed_taps(weight, min(c + j, d - 1), w);
-  const bool whole = load_vector && store_vector && c + 4 <= d;
-  const bool bounded = sizeof(Out) == 1 && __any_sync(__activemask(), quad.large());
-  quad.convert<Out>();
-  if (bounded) {
-    walk_static<Out, true>(seq, windows, taps, quad, rows_out, c, t, end, whole, step);
-  } else {
-    walk_static<Out, false>(seq, windows, taps, quad, rows_out, c, t, end, whole, step);
+    for (int j = 0; j < 4; ++j) own.taps[i][j] = packed_taps(weight, min(first + j, d - 1), w);
+    own.quads[i].load(weight_scale, bias, x_scale, first, d);
+    large |= own.quads[i].large();
+    own.quads[i].template convert<Out>();
   }
-  if (end == l) windows.store_state(seq, c);
+  if (sizeof(Out) == 1 && __any_sync(__activemask(), large)) {
+    walk_static<Out, true>(seq, own, rows_out, c, t, end, whole, step);
+  } else {
+    walk_static<Out, false>(seq, own, rows_out, c, t, end, whole, step);
+  }
+  if (end != l) return;
+#pragma unroll
+  for (int i = 0; i < QUADS; ++i) own.windows[i].store_state(seq, c + 4 * i);
 }
 
-// Float32 (no scales) or int8 with one scale a token, time contiguous. weight_scale, scales, scale_state and scales_out
-// are null for float32.
+// Floats (no scales) or int8 with one scale a token, time contiguous. weight_scale, scales, scale_state and scales_out
+// are null for floats.
 template <typename In, typename Out>
 __global__ void __launch_bounds__(THREADS, 8)
-    causal_conv1d_real(const In* __restrict__ x, const In* __restrict__ weight, const float* __restrict__ weight_scale,
-                       const float* __restrict__ bias, const In* __restrict__ state, Out* __restrict__ out,
-                       In* __restrict__ state_out, int d, int l, int w, i64 batch_stride, i64 stride, int span,
-                       int load_vector, int store_vector, float step, const float* __restrict__ scales,
-                       const float* __restrict__ scale_state, float* __restrict__ scales_out) {
+    causal_conv1d_real(const In* __restrict__ x, const typename Taps<In>::type* __restrict__ weight,
+                       const float* __restrict__ weight_scale, const float* __restrict__ bias,
+                       const In* __restrict__ state, Out* __restrict__ out, In* __restrict__ state_out, int d, int l,
+                       int w, i64 batch_stride, i64 stride, int span, int load_vector, int store_vector, float,
+                       const float* __restrict__ scales, const float* __restrict__ scale_state,
+                       float* __restrict__ scales_out) {
   const int t = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
   const int first = blockIdx.x * blockDim.y * span + threadIdx.y;
   if (t >= l || first >= d) return;
@@ -296,83 +276,120 @@ __global__ void __launch_bounds__(THREADS, 8)
       sum[i] = fmaf(window[i + 1], taps[1], sum[i]);
       sum[i] = fmaf(window[i + 2], taps[2], sum[i]);
       sum[i] = fmaf(window[i + 3], taps[3], sum[i]);
-      scale[i] = for_output<Out>(or_else(weight_scale, c, 1.0f));
-      biases[i] = for_output<Out>(or_else(bias, c, 0.0f));
+      scale[i] = or_else(weight_scale, c, 1.0f);
+      biases[i] = or_else(bias, c, 0.0f);
     }
     Raw<Out> four;
-    finish<true>(sum, scale, biases, step, four);
+    finish<true>(sum, scale, biases, 0.0f, four);
     store_four(four, out + (static_cast<i64>(blockIdx.z) * d + c) * l + t, l - t, store_vector);
     if (t + 4 >= l) seq.store_state(c);
   }
   if (first == 0 && t + 4 >= l) store_scales(tokens, scales_out);
 }
 
-// The same, channels contiguous.
+// Four channels whose inputs are floats, or become floats by the scale of their token.
+template <typename In>
+struct RealChannels {
+  float window[4][4], taps[4][4];  // [step or tap, oldest first][channel]
+  Quad quad;
+
+  // Step k of four overwrites the oldest step, which is at k: after four steps they are in order again.
+  __device__ __forceinline__ void push(int k, const Raw<In>& row, float token) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) window[k][j] = sizeof(In) == 1 ? row[j] * token : row[j];
+  }
+
+  template <typename Out>
+  __device__ __forceinline__ Raw<Out> output(int k) const {
+    float sum[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      sum[j] = window[(k + 1) % 4][j] * taps[0][j];
+      sum[j] = fmaf(window[(k + 2) % 4][j], taps[1][j], sum[j]);
+      sum[j] = fmaf(window[(k + 3) % 4][j], taps[2][j], sum[j]);
+      sum[j] = fmaf(window[k][j], taps[3][j], sum[j]);
+    }
+    Raw<Out> out;
+    finish<true>(sum, quad.scale, quad.bias, 0.0f, out);
+    return out;
+  }
+
+  // One step, the others moved up.
+  template <typename Out>
+  __device__ __forceinline__ Raw<Out> shift(const Raw<In>& row, float token) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) window[i][j] = window[i + 1][j];
+    }
+    push(3, row, token);
+    return output<Out>(3);
+  }
+};
+
+// The same, channels contiguous. span is a multiple of 4.
 template <typename In, typename Out>
 __global__ void __launch_bounds__(THREADS, 4)
-    causal_conv1d_real_channels(const In* __restrict__ x, const In* __restrict__ weight,
+    causal_conv1d_real_channels(const In* __restrict__ x, const typename Taps<In>::type* __restrict__ weight,
                                 const float* __restrict__ weight_scale, const float* __restrict__ bias,
                                 const In* __restrict__ state, Out* __restrict__ out, In* __restrict__ state_out, int d,
                                 int l, int w, i64 batch_stride, i64 stride, int span, int load_vector,
-                                int store_vector, float step, const float* __restrict__ scales,
+                                int store_vector, float, const float* __restrict__ scales,
                                 const float* __restrict__ scale_state, float* __restrict__ scales_out) {
   const int c = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
   const i64 start = (static_cast<i64>(blockIdx.y) * blockDim.y + threadIdx.y) * span;
   if (c >= d || start >= l) return;
+  int t = static_cast<int>(start);
   const int end = min(start + span, static_cast<i64>(l));
   const auto seq = sequence<true>(x, batch_stride, stride, state, state_out, d, l, w);
   const TokenScales tokens = token_scales(scales, scale_state, l, w);
-  Out* rows_out = out + static_cast<i64>(blockIdx.z) * l * d;
-  Quad quad(weight_scale, bias, 1.0f, c, d);
-  quad.convert<Out>();
-  float taps[4][4], window[HISTORY + 1][4] = {};
+  const bool whole = load_vector && store_vector && c + 4 <= d;
+  RealChannels<In> own = {};
+  own.quad.load(weight_scale, bias, 1.0f, c, d);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) taps[i][j] = tap(weight, min(c + j, d - 1), w, i);
+    for (int i = 0; i < 4; ++i) own.taps[i][j] = tap(weight, min(c + j, d - 1), w, i);
   }
-  int t = static_cast<int>(start);
+  Raw<In> past[HISTORY];
+#pragma unroll
+  for (int i = 0; i < HISTORY; ++i) past[i] = load_four<true>(seq, c, t - HISTORY + i, load_vector);
+#pragma unroll
+  for (int i = 0; i < HISTORY; ++i) own.push(i + 1, past[i], tokens.at(t - HISTORY + i));
+
+  Out* to = out + (static_cast<i64>(blockIdx.z) * l + t) * d + c;
+  if (whole && t + GROUP <= end) {
+    const u32 stride_bytes = static_cast<u32>(stride * sizeof(In)), out_stride = d * sizeof(Out);
+    const In* from = seq.at(c, t);
+    Raw<In> rows[GROUP];
+#pragma unroll
+    for (u32 k = 0; k < GROUP; ++k) rows[k].load(rows_ahead(from, stride_bytes, k));
 #pragma unroll 1
-  for (int i = -HISTORY; i < 0; ++i) {
-    const Raw<In> row = load_four<true>(seq, c, t + i, load_vector);
-    const float token = tokens.at(t + i);
+    for (; t + GROUP <= end; t += GROUP) {
+      const bool more = t + 2 * GROUP <= end;
+      from = rows_ahead(from, stride_bytes, GROUP);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      window[1][j] = window[2][j];
-      window[2][j] = window[3][j];
-      window[3][j] = row[j] * token;
-    }
-  }
-  Raw<In> rows[4], next[4];
-  load_rows(rows, seq, c, t, load_vector);
-#pragma unroll 1
-  for (; t < end; t += 4) {
-    if (t + 4 < end) load_rows(next, seq, c, t + 4, load_vector);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float token = tokens.at(t + k);
-      float sum[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        window[0][j] = window[1][j];
-        window[1][j] = window[2][j];
-        window[2][j] = window[3][j];
-        window[3][j] = rows[k][j] * token;
-        sum[j] = window[0][j] * taps[0][j];
-        sum[j] = fmaf(window[1][j], taps[1][j], sum[j]);
-        sum[j] = fmaf(window[2][j], taps[2][j], sum[j]);
-        sum[j] = fmaf(window[3][j], taps[3][j], sum[j]);
+      for (u32 k = 0; k < GROUP; ++k) {
+        own.push(k, rows[k], sizeof(In) == 1 ? tokens.scale[t + k] : 1.0f);
+        if (more) rows[k].load(rows_ahead(from, stride_bytes, k));
+        own.template output<Out>(k).store(rows_ahead(to, out_stride, k));
       }
-      Raw<Out> four;
-      finish<true>(sum, quad.scale, quad.bias, step, four);
-      if (t + k < end) store_four(four, rows_out + static_cast<i64>(t + k) * d + c, d - c, store_vector);
+      to = rows_ahead(to, out_stride, GROUP);
     }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) rows[k] = next[k];
   }
-  if (end == l) {
 #pragma unroll 1
-    for (int j = 0; j < 4; ++j) seq.store_state(c + j);
-    if (c == 0) store_scales(tokens, scales_out);
+  for (; t < end; ++t, to += d) {
+    const Raw<In> row = load_four<false>(seq, c, t, load_vector);
+    store_four(own.template shift<Out>(row, tokens.at(t)), to, d - c, whole);
   }
+  if (end != l) return;
+  Raw<In> last[HISTORY];
+#pragma unroll
+  for (int i = 0; i < HISTORY; ++i) last[i] = load_four<true>(seq, c, l - HISTORY + i, load_vector);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const In held[HISTORY] = {last[0].element(j), last[1].element(j), last[2].element(j)};
+    seq.store_state(c + j, held);
+  }
+  if (c == 0) store_scales(tokens, scales_out);
 }

@@ -7,22 +7,18 @@ import torch
 
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels._launch import Arg, contiguous, launch, require_cuda, sm_count
-from qmamba_cli.kernels.causal_conv1d.reference import ConvState, check_operands
+from qmamba_cli.kernels.causal_conv1d.reference import HALVES, ConvState, check_operands
 from qmamba_cli.kernels.quantize.cuda import quantize
 from qmamba_cli.quant.grid import reciprocal
 
 SOURCE = "causal_conv1d/causal_conv1d.cu"
-_C_NAMES = {torch.int8: "signed char", torch.float32: "float"}
-_DTYPES = tuple(_C_NAMES)
+_C_NAMES = {torch.int8: "signed char", torch.float32: "float", torch.float16: "F16", torch.bfloat16: "BF16"}
+_REAL_PAIRS = ("signed char, float", "float, float", "F16, F16", "BF16, BF16")
 
 ENTRIES = (
-    *(f"causal_conv1d_static{layout}<{out}>" for layout in ("", "_channels") for out in _C_NAMES.values()),
-    *(
-        f"causal_conv1d_real{layout}<{x}, {out}>"
-        for layout in ("", "_channels")
-        for x in _C_NAMES.values()
-        for out in _C_NAMES.values()
-    ),
+    *(f"causal_conv1d_static<{out}>" for out in ("signed char", "float")),
+    *(f"causal_conv1d_static_channels<{out}>" for out in ("signed char, 1", "signed char, 2", "float, 1")),
+    *(f"causal_conv1d_real{layout}<{pair}>" for layout in ("", "_channels") for pair in _REAL_PAIRS),
 )
 
 _THREADS = 128
@@ -33,6 +29,11 @@ _MOST_PIECES = 64
 _MOST_QUADS = 32
 _MOST_ROWS = 16
 _MOST_STEPS = 32
+# Runs of eight channels: their lengths, and what the start of one costs in steps.
+_WIDE_SPANS = (8, 16, 32, 64)
+_START_STEPS = 4
+# Shorter sequences are not worth eight channels a thread.
+_WIDE_MIN_STEPS = 64
 _MAX_GRID_Y = 65535
 # Where the fused rounding holds; see the limits in the kernel's header.
 _FUSED_OUT_SCALES = (1e-6, 1e4)
@@ -47,11 +48,13 @@ class LaunchConfig:
         grid: blocks.
         block: threads.
         span: rows (time contiguous) or steps (channels contiguous) that one thread walks.
+        quads: groups of four channels a thread (channels contiguous).
     """
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     span: int
+    quads: int = 1
 
 
 def time_config(b: int, d: int, l: int, *, steps: int, multiprocessors: int) -> LaunchConfig:
@@ -84,6 +87,22 @@ def channels_config(b: int, d: int, l: int, *, multiprocessors: int) -> LaunchCo
     return LaunchConfig(grid=(_ceil(quads, x), _ceil(l, span * y), b), block=(x, y, 1), span=span)
 
 
+def wide_config(b: int, d: int, l: int, *, multiprocessors: int, span: int | None = None) -> LaunchConfig:
+    """The cut for contiguous channels, eight a thread: runs that load the multiprocessors evenly."""
+    columns = _ceil(_ceil(d, 8), _MOST_QUADS)
+    y = _THREADS // _MOST_QUADS
+
+    def cost(steps: int) -> int:
+        return _ceil(columns * _ceil(l, steps * y) * b, multiprocessors) * (steps + _START_STEPS)
+
+    steps = span or min(_WIDE_SPANS, key=cost)
+    while _ceil(l, steps * y) > _MAX_GRID_Y:
+        steps *= 2
+    return LaunchConfig(
+        grid=(columns, _ceil(l, steps * y), b), block=(_MOST_QUADS, y, 1), span=steps, quads=2
+    )
+
+
 def causal_conv1d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -103,38 +122,55 @@ def causal_conv1d(
     Raises:
         ShapeError: as the reference, or a tensor is on another device.
     """
-    b, d, l = check_operands(x, weight, x_scale, weight_scale, state)
-    inv_scale = None if out_scale is None else reciprocal(out_scale)
-    if out_scale is not None and not _FUSED_OUT_SCALES[0] <= out_scale <= _FUSED_OUT_SCALES[1]:
-        v, new_state = causal_conv1d(x, weight, bias, x_scale=x_scale, weight_scale=weight_scale, state=state)
-        return quantize(v, out_scale), new_state
+    check_operands(x, weight, x_scale, weight_scale, state)
+    if out_scale is None:
+        return convolve(x, weight, bias, x_scale, weight_scale, None, state)
+    reciprocal(out_scale)
+    static = x_scale is not None and not isinstance(x_scale, torch.Tensor)
+    if static and _FUSED_OUT_SCALES[0] <= out_scale <= _FUSED_OUT_SCALES[1]:
+        return convolve(x, weight, bias, x_scale, weight_scale, out_scale, state)
+    if x.dtype not in HALVES:
+        v, last = convolve(x, weight, bias, x_scale, weight_scale, None, state)
+        return quantize(v, out_scale), last
+    # Widened, so that v is rounded once; that is exact, and so is the way back of the state.
+    held = None if state is None else ConvState(state.values.float())
+    v, last = convolve(x.float(), weight, bias, None, None, None, held)
+    return quantize(v, out_scale), ConvState(last.values.to(x.dtype))
 
+
+def convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: float | torch.Tensor | None,
+    weight_scale: torch.Tensor | None,
+    out_scale: float | None,
+    state: ConvState | None,
+    *,
+    config: LaunchConfig | None = None,
+) -> tuple[torch.Tensor, ConvState]:
+    """One launch for checked operands; benchmarks name the ``config`` themselves, which must fit x's layout.
+
+    Raises:
+        ShapeError: a tensor is on another device.
+    """
     device = require_cuda("x", x).device
     x, channels = _layout(x)
-    out_dtype = torch.float32 if inv_scale is None else torch.int8
-    if channels:
-        out = torch.empty(b, l, d, dtype=out_dtype, device=device).transpose(1, 2)
-    else:
-        out = torch.empty(b, d, l, dtype=out_dtype, device=device)
-    w = weight.shape[1]
-    per_token = isinstance(x_scale, torch.Tensor)
-    scale_out = torch.empty(b, w - 1, device=device) if per_token else None
-    new_state = ConvState(torch.empty(b, d, w - 1, dtype=x.dtype, device=device), scale_out)
+    (b, d, l), w = x.shape, weight.shape[1]
+    out_dtype = torch.int8 if out_scale is not None else torch.float32 if x.dtype == torch.int8 else x.dtype
+    per_token = x_scale if isinstance(x_scale, torch.Tensor) else None
+    out, new_state = _outputs(x, channels, out_dtype, w, per_token is not None)
     if b == 0 or d == 0:
         return out, new_state
 
-    static = x_scale is not None and not per_token
-    steps = 16 if static and out_dtype == torch.int8 else 4
-    multiprocessors = sm_count(device)
-    if channels:
-        config = channels_config(b, d, l, multiprocessors=multiprocessors)
-    else:
-        config = time_config(b, d, l, steps=steps, multiprocessors=multiprocessors)
+    static = x_scale is not None and per_token is None
+    config = config or _config(x, channels, static, out_dtype)
+    access = 4 * config.quads if channels else _steps(static, out_dtype)
     stride = x.stride(2 if channels else 1)
-    access = 4 if channels else steps
+    near = stride * x.element_size() < 2**32  # all that the kernels' row addresses hold
     args: list[Arg] = [
         x,
-        _words("weight", weight, device),
+        _words("weight", weight if x.dtype == torch.int8 else weight.float(), device),
         _vector("weight_scale", weight_scale, (d,), device),
         _vector("bias", bias, (d,), device),
         None if state is None else _on(device, "state", contiguous("state", state.values)),
@@ -146,26 +182,56 @@ def causal_conv1d(
         np.int64(x.stride(0)),
         np.int64(stride),
         np.int32(config.span),
-        np.int32(_aligned(x, (x.stride(0) if b > 1 else 0, stride), access)),
+        np.int32(near and _aligned(x, (x.stride(0) if b > 1 else 0, stride), access)),
         np.int32(_aligned(out, (d if channels else l,), access)),
-        np.float32(0.0 if inv_scale is None else _LOG2_E / inv_scale),
+        np.float32(0.0 if out_scale is None else _LOG2_E / reciprocal(out_scale)),
     ]
     if static:
-        entry = f"causal_conv1d_static{'_channels' if channels else ''}<{_C_NAMES[out_dtype]}>"
-        args.append(np.float32(float(x_scale or 0.0)))
+        args.append(np.float32(x_scale))
     else:
-        entry = (
-            f"causal_conv1d_real{'_channels' if channels else ''}<{_C_NAMES[x.dtype]}, {_C_NAMES[out_dtype]}>"
-        )
-        tokens = x_scale if per_token and isinstance(x_scale, torch.Tensor) else None
-        held = None if state is None or not per_token else state.scale
+        held = None if state is None or per_token is None else state.scale
         args += [
-            _vector("x_scale", tokens, (b, l), device),
+            _vector("x_scale", per_token, (b, l), device),
             _vector("state.scale", held, (b, w - 1), device),
-            scale_out,
+            new_state.scale,
         ]
+    entry = _entry(x.dtype, out_dtype, channels, static, config.quads)
     launch(SOURCE, entry, grid=config.grid, block=config.block, args=args, device=device)
     return out, new_state
+
+
+def _outputs(
+    x: torch.Tensor, channels: bool, dtype: torch.dtype, w: int, per_token: bool
+) -> tuple[torch.Tensor, ConvState]:
+    """New memory for the output, dense in x's order of axes, and for the state."""
+    b, d, l = x.shape
+    dense = torch.empty(*((b, l, d) if channels else (b, d, l)), dtype=dtype, device=x.device)
+    scale = torch.empty(b, w - 1, device=x.device) if per_token else None
+    held = torch.empty(b, d, w - 1, dtype=x.dtype, device=x.device)
+    return dense.transpose(1, 2) if channels else dense, ConvState(held, scale)
+
+
+def _entry(dtype: torch.dtype, out_dtype: torch.dtype, channels: bool, static: bool, quads: int) -> str:
+    layout = "_channels" if channels else ""
+    if not static:
+        return f"causal_conv1d_real{layout}<{_C_NAMES[dtype]}, {_C_NAMES[out_dtype]}>"
+    return f"causal_conv1d_static{layout}<{_C_NAMES[out_dtype]}{f', {quads}' if channels else ''}>"
+
+
+def _config(x: torch.Tensor, channels: bool, static: bool, out_dtype: torch.dtype) -> LaunchConfig:
+    b, d, l = x.shape
+    multiprocessors = sm_count(x.device)
+    if not channels:
+        return time_config(b, d, l, steps=_steps(static, out_dtype), multiprocessors=multiprocessors)
+    wide = static and out_dtype == torch.int8 and l >= _WIDE_MIN_STEPS and d % 8 == 0
+    if wide and x.stride(2) < 2**32 and _aligned(x, (x.stride(0) if b > 1 else 0, x.stride(2)), 8):
+        return wide_config(b, d, l, multiprocessors=multiprocessors)
+    return channels_config(b, d, l, multiprocessors=multiprocessors)
+
+
+def _steps(static: bool, out_dtype: torch.dtype) -> int:
+    """Steps a thread owns where time is contiguous."""
+    return 16 if static and out_dtype == torch.int8 else 4
 
 
 def _layout(x: torch.Tensor) -> tuple[torch.Tensor, bool]:

@@ -7,6 +7,9 @@ import torch
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.quant.grid import quantize
 
+# Float inputs that are computed in float32 and rounded once at the end.
+HALVES = (torch.float16, torch.bfloat16)
+
 
 class ConvState(NamedTuple):
     """The last inputs of a call, which the next one continues from.
@@ -35,7 +38,8 @@ def causal_conv1d(
         acc[b,c,t] = sum_k x[b, c, t-w+1+k] * weight[c, k]        (exact integers for int8 with one scale)
         a[b,c,t]   = acc * (x_scale * weight_scale[c]) + bias[c]  (float32)
         v[b,c,t]   = a * sigmoid(a)                               (float32)
-        out        = saturate(round_half_even(v * (1/out_scale))) (int8, where out_scale is given, else v)
+        out        = saturate(round_half_even(v * (1/out_scale))) (int8, where out_scale is given)
+        out        = v, rounded to x's dtype where that is a half (else)
 
     With one scale a token, ``acc = sum_k (x * x_scale[b, t]) * weight[c, k]`` in float32, oldest tap first.
 
@@ -47,16 +51,16 @@ def causal_conv1d(
     ([[[127, -14, 127]]], [[[10, -20, 30]]])
 
     Args:
-        x: (b, d, l) int8 with ``x_scale``, or float32 without; l >= 1. Any strides.
-        weight: (d, w) int8 with ``weight_scale``, or float32 without; 2 <= w <= 4, newest tap last.
+        x: (b, d, l) int8 with ``x_scale``, or float32, float16 or bfloat16 without; l >= 1. Any strides.
+        weight: (d, w) int8 with ``weight_scale``, else float32 or x's dtype; 2 <= w <= 4, newest tap last.
         bias: (d,) float32 in real units, or None.
         x_scale: real units a step: one number, or (b, l) float32 with one a token.
         weight_scale: (d,) float32, real units a step of each channel's taps.
-        out_scale: real units a step of an int8 output, or None for float32 v, unrounded and unclipped.
+        out_scale: real units a step of an int8 output, or None for v, unclipped: float32, or of x's dtype.
         state: the state the call before returned, or None for zeros.
 
     Returns:
-        out (b, d, l) int8 or float32, and the new state.
+        out (b, d, l) int8, float32 or x's half, and the new state.
 
     Raises:
         ShapeError: a shape or dtype is not as above.
@@ -87,6 +91,8 @@ def causal_conv1d(
     if bias is not None:
         acc.add_(bias)
     v = torch.nn.functional.silu(acc, inplace=True).transpose(1, 2)
+    if x.dtype in HALVES and out_scale is None:
+        v = v.to(x.dtype)
     out = v if out_scale is None else quantize(v, out_scale)
     last = padded[:, l:].transpose(1, 2).contiguous()
     return out, ConvState(last, None if scales is None else scales[:, l:].contiguous())
@@ -113,8 +119,8 @@ def check_operands(
         )
     if (x_scale is None) != (weight_scale is None):
         raise ShapeError("causal_conv1d: `x_scale` and `weight_scale` are given both or neither")
-    wanted = torch.float32 if x_scale is None else torch.int8
-    if x.dtype != wanted or weight.dtype != wanted:
+    wanted = torch.int8 if x_scale is not None else x.dtype if x.dtype in HALVES else torch.float32
+    if x.dtype != wanted or weight.dtype not in (wanted, torch.float32 if x_scale is None else wanted):
         raise ShapeError(f"causal_conv1d: `x` is {x.dtype}, `weight` {weight.dtype}, expected both {wanted}")
     if isinstance(x_scale, torch.Tensor) and x_scale.shape != (b, l):
         raise ShapeError(f"causal_conv1d: `x_scale` must be ({b}, {l}), got {tuple(x_scale.shape)}")

@@ -1,4 +1,4 @@
-"""Hadamard transform on CUDA: one kernel for every order whose row fits in shared memory."""
+"""Hadamard transform on CUDA: a kernel for orders that fit in shared memory, and one for those of models."""
 
 import math
 from dataclasses import dataclass
@@ -20,6 +20,11 @@ _INT8 = "signed char"
 _COMPILED_CORES = (12, 20, 28)
 # The core of a power of two: Sylvester's matrix of this order.
 _SYLVESTER_CORE = 16
+# Orders K * 2^bits with a kernel to int8 of their own: 1536, 2048, 3072, 4096, 5120; from float32 8192, 7168.
+_HALF_STREAMS = ((12, 7), (16, 7), (12, 8), (16, 8), (20, 8))
+_STREAMS = {torch.float32: (*_HALF_STREAMS, (16, 9), (28, 8)), torch.float16: _HALF_STREAMS}
+# Shared memory that a block takes beside its own.
+_RESERVED_SHARED_BYTES = 1024 + 16
 # Elements that a thread stores at once, and the largest order that one thread transforms alone.
 _CHUNK = 16
 _MAX_SYLVESTER_BITS = 10
@@ -31,7 +36,7 @@ _THREADS = 128
 _ALIGNMENT = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchConfig:
     """How rows of one order are laid over blocks.
 
@@ -40,9 +45,11 @@ class LaunchConfig:
         compiled: whether the kernel has this core's matrix built in.
         bits: log2 of the Sylvester part.
         segment_stride: floats between two segments of the Sylvester part in shared memory.
-        tile_rows: rows a block.
+        tile_rows: rows a block works on at a time.
         threads: threads a block.
         shared_bytes: dynamic shared memory a block.
+        blocks: blocks; fewer than there are tiles if a block takes several in turn.
+        stage_bytes: of the shared memory, what holds the tile on the way; 0 where a block has one tile.
     """
 
     core: int
@@ -52,15 +59,17 @@ class LaunchConfig:
     tile_rows: int
     threads: int
     shared_bytes: int
+    blocks: int
+    stage_bytes: int = 0
 
 
 def hadamard(x: torch.Tensor, *, out_scale: float | None = None) -> torch.Tensor:
     """Orthonormal Hadamard transform of the last axis, then the int8 grid if asked; see the reference.
 
-    x is float32 or float16, on a GPU; sums are float32 whatever the input, and an int8 output is rounded once
-    from the float32 result. A row's bits do not depend on the other rows. bfloat16 is widened to float32 and
-    narrowed again; float64, and orders too long for shared memory (above 16 384), run the reference's matrix
-    products on the GPU.
+    x is float32, float16 or bfloat16, on a GPU; sums are float32 whatever the input, and the output is
+    rounded once from the float32 result. A row's bits do not depend on the other rows. bfloat16, and float16
+    where it becomes int8 at an order without a kernel for that, are widened first; float64, and orders too
+    long for shared memory (above 16 384), run the reference's matrix products on the GPU.
 
     Returns:
         (..., n) of x's dtype in class real, or int8 in class grid.
@@ -75,27 +84,43 @@ def hadamard(x: torch.Tensor, *, out_scale: float | None = None) -> torch.Tensor
         )
     inv_scale = 1.0 if out_scale is None else reciprocal(out_scale)
     x = contiguous("x", x)
-    if x.dtype not in (*_TYPES, torch.float64):
-        y = hadamard(x.float(), out_scale=out_scale)
-        return y.to(x.dtype) if out_scale is None else y
     if x.numel() == 0:
         return torch.empty_like(x, dtype=x.dtype if out_scale is None else torch.int8)
     plan = plan_for(x.shape[-1])
-    rows = x.numel() // plan.order
+    quantized = out_scale is not None
+    if x.dtype == torch.bfloat16 or (quantized and x.dtype == torch.float16 and not _streams(plan, x.dtype)):
+        y = hadamard(x.float(), out_scale=out_scale)
+        return y if quantized else y.to(x.dtype)
     small = plan.core == 1 and plan.order <= _CHUNK
-    config = None if small else _config(plan, rows, sm_count(x.device))
-    if x.dtype == torch.float64 or not (small or config):
-        y = reference.hadamard(x if x.dtype == torch.float64 else x.float(), out_scale=out_scale)
-        return y.to(x.dtype) if out_scale is None else y
+    config = None if small else _config(plan, x, quantized)
+    if x.dtype not in _TYPES or not (small or config):
+        return reference.hadamard(x, out_scale=out_scale)
+    return transform(x, plan, config, inv_scale if quantized else None)
+
+
+def transform(
+    x: torch.Tensor, plan: HadamardPlan, config: LaunchConfig | None, inv_scale: float | None
+) -> torch.Tensor:
+    """One launch for a dense x of a kernel's dtype; benchmarks name the ``config`` themselves.
+
+    Args:
+        x: (..., width) of float32 or float16.
+        plan: of that width.
+        config: the layout, or None for orders that one thread transforms alone.
+        inv_scale: steps a real unit of an int8 output, or None for x's dtype.
+    """
     if x.data_ptr() % _ALIGNMENT:
         x = x.clone()
-    out = torch.empty(x.shape, dtype=x.dtype if out_scale is None else torch.int8, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype if inv_scale is None else torch.int8, device=x.device)
     types = f"{_TYPES[x.dtype]}, {_TYPES.get(out.dtype, _INT8)}"
-    scales = (np.float32(1.0 / math.sqrt(plan.order)), np.float32(inv_scale))
+    factors = (np.float32(1.0 / math.sqrt(plan.order)), np.float32(inv_scale or 1.0))
+    rows = x.numel() // plan.order
     if config is None:
-        _launch_small(x, out, types, plan.order.bit_length() - 1, scales)
+        _launch_small(x, out, types, plan.order.bit_length() - 1, factors)
+    elif config.stage_bytes:
+        _launch_stream(x, out, rows, config, factors)
     else:
-        _launch_rows(x, out, types, rows, config, scales)
+        _launch_rows(x, out, types, rows, config, factors)
     return out
 
 
@@ -125,7 +150,7 @@ def _launch_rows(
     launch(
         SOURCE,
         f"hadamard<{types}, {_core_arguments(config.core if config.compiled else 0)}>",
-        grid=(-(-rows // config.tile_rows), 1, 1),
+        grid=(config.blocks, 1, 1),
         block=(config.threads, 1, 1),
         args=(x, out, np.int64(rows), *layout, *scales, np.int32(config.core), matrix),
         device=x.device,
@@ -133,13 +158,49 @@ def _launch_rows(
     )
 
 
+def _launch_stream(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    rows: int,
+    config: LaunchConfig,
+    scales: tuple[np.float32, np.float32],
+) -> None:
+    launch(
+        SOURCE,
+        _stream_entry(x.dtype, config.core, config.bits),
+        grid=(config.blocks, 1, 1),
+        block=(config.threads, 1, 1),
+        args=(x, out, np.int64(rows), np.int32(config.tile_rows), np.int32(config.stage_bytes), *scales),
+        device=x.device,
+        shared_bytes=config.shared_bytes,
+    )
+
+
+def _config(plan: HadamardPlan, x: torch.Tensor, quantized: bool) -> LaunchConfig | None:
+    """The layout, or None where a row does not fit."""
+    rows, processors = x.numel() // plan.order, sm_count(x.device)
+    if quantized and _streams(plan, x.dtype):
+        shared = _shared_bytes_per_multiprocessor(x.device)
+        return stream_config(plan, rows, x.element_size(), processors, shared)
+    return row_config(plan, rows, processors)
+
+
+def _streams(plan: HadamardPlan, dtype: torch.dtype) -> bool:
+    """Whether the order has a kernel of its own from that dtype to int8."""
+    return _factors(plan) in _STREAMS.get(dtype, ())
+
+
+def _factors(plan: HadamardPlan) -> tuple[int, int]:
+    """K, with Sylvester's core for a power of two, and log2 of the rest."""
+    core = _SYLVESTER_CORE if plan.core == 1 else plan.core
+    return core, (plan.order // core).bit_length() - 1
+
+
 # Bounded: prompts come in many lengths.
 @lru_cache(maxsize=1024)
-def _config(plan: HadamardPlan, rows: int, processors: int) -> LaunchConfig | None:
-    """The layout, or None where a row does not fit."""
-    core = _SYLVESTER_CORE if plan.core == 1 else plan.core
-    sylvester = plan.order // core
-    bits = sylvester.bit_length() - 1
+def row_config(plan: HadamardPlan, rows: int, processors: int) -> LaunchConfig | None:
+    """A block for each tile of rows, or None where a row does not fit."""
+    core, bits = _factors(plan)
     stride = segment_stride(bits)
     # One column a thread has no neighbour to be loaded with.
     compiled = core in (_SYLVESTER_CORE, *_COMPILED_CORES) and bits > 0
@@ -152,7 +213,72 @@ def _config(plan: HadamardPlan, rows: int, processors: int) -> LaunchConfig | No
     shared_bytes = tile_rows * core * stride * 4
     if bits > _MAX_SYLVESTER_BITS or shared_bytes > _MAX_SHARED_BYTES:
         return None
-    return LaunchConfig(core, compiled, bits, stride, tile_rows, _THREADS, shared_bytes)
+    return LaunchConfig(
+        core=core,
+        compiled=compiled,
+        bits=bits,
+        segment_stride=stride,
+        tile_rows=tile_rows,
+        threads=_THREADS,
+        shared_bytes=shared_bytes,
+        blocks=-(-rows // tile_rows),
+    )
+
+
+@lru_cache(maxsize=1024)
+def stream_config(
+    plan: HadamardPlan,
+    rows: int,
+    element_size: int,
+    processors: int,
+    shared_bytes_per_processor: int,
+    *,
+    threads: int | None = None,
+    resident: int | None = None,
+) -> LaunchConfig:
+    """Blocks that stay and take tiles in turn, as many as fit, each with equally many tiles.
+
+    Args:
+        plan: of one of the orders that have a kernel for it.
+        rows: rows of that order.
+        element_size: bytes of an input element.
+        processors: multiprocessors.
+        shared_bytes_per_processor: shared memory of one.
+        threads: threads a block, where not the default.
+        resident: blocks a multiprocessor, where not as many as fit.
+    """
+    core, bits = _factors(plan)
+    stride = segment_stride(bits)
+    # Two short rows keep every thread busy in the core pass, but not where blocks would be left without one.
+    tile_rows = 2 if bits < 8 and rows >= 2 * processors else 1
+    stage_bytes = tile_rows * plan.order * element_size
+    shared_bytes = stage_bytes + tile_rows * core * stride * 4
+    if resident is None:
+        fitting = shared_bytes_per_processor // (shared_bytes + _RESERVED_SHARED_BYTES)
+        resident = max(1, min(fitting, 2 if core > 20 else 5))
+    tiles = -(-rows // tile_rows)
+    turns = -(-tiles // (processors * resident))
+    return LaunchConfig(
+        core=core,
+        compiled=True,
+        bits=bits,
+        segment_stride=stride,
+        tile_rows=tile_rows,
+        threads=threads or max(_THREADS, 8 * core),
+        shared_bytes=shared_bytes,
+        blocks=-(-tiles // turns),
+        stage_bytes=stage_bytes,
+    )
+
+
+@cache
+def _shared_bytes_per_multiprocessor(device: torch.device) -> int:
+    known = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", None)
+    if known is not None:
+        return int(known)
+    # torch versions without the number.
+    kilobytes = {(8, 0): 164, (9, 0): 228, (10, 0): 228}.get(torch.cuda.get_device_capability(device), 100)
+    return kilobytes * 1024
 
 
 def segment_stride(bits: int) -> int:
@@ -184,11 +310,17 @@ def _transposed_core(core: int, device: torch.device) -> torch.Tensor:
     return core_matrix(core).T.contiguous().to(device=device, dtype=torch.float32)
 
 
+def _stream_entry(dtype: torch.dtype, core: int, bits: int) -> str:
+    order, *rows = _core_arguments(core).split(", ")
+    return f"hadamard_stream<{', '.join([_TYPES[dtype], str(bits), order, *rows])}>"
+
+
 def _entries() -> tuple[str, ...]:
-    pairs = [f"{name}, {out}" for name in _TYPES.values() for out in (name, _INT8)]
+    pairs = ("float, float", "F16, F16", "float, signed char")
     cores = (0, _SYLVESTER_CORE, *_COMPILED_CORES)
     rows = [f"hadamard<{pair}, {_core_arguments(core)}>" for pair in pairs for core in cores]
-    return (*rows, *(f"hadamard_small<{pair}>" for pair in pairs))
+    streams = [_stream_entry(dtype, *factors) for dtype, orders in _STREAMS.items() for factors in orders]
+    return (*rows, *(f"hadamard_small<{pair}>" for pair in pairs), *streams)
 
 
 ENTRIES = _entries()

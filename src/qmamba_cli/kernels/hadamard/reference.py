@@ -16,7 +16,7 @@ _FACTOR_EXPONENT = 5
 def hadamard(x: torch.Tensor, *, out_scale: float | None = None) -> torch.Tensor:
     """Orthonormal Hadamard transform of the last axis, then the int8 grid if asked.
 
-        y = x @ H_n.T / sqrt(n)                                   (x's dtype)
+        y = x @ H_n.T / sqrt(n)                                   (x's dtype; halves in float32)
         out = saturate(round_half_even(y * (1 / out_scale)))      (int8, where out_scale is given)
 
     >>> hadamard(torch.tensor([1.0, 0.0, 0.0, 0.0])).tolist()
@@ -25,7 +25,8 @@ def hadamard(x: torch.Tensor, *, out_scale: float | None = None) -> torch.Tensor
     [[4, 2]]
 
     Args:
-        x: (..., n) float32 or float64, any width; see `plan_for` for widths with no Hadamard matrix.
+        x: (..., n) float32, float64, float16 or bfloat16; any width, see `plan_for` for those with no
+            Hadamard matrix. Halves are computed in float32 and rounded once at the end.
         out_scale: real units a step of the int8 output, or None for a float result.
 
     Returns:
@@ -41,6 +42,9 @@ def hadamard(x: torch.Tensor, *, out_scale: float | None = None) -> torch.Tensor
         raise ShapeError(
             f"hadamard: `x` must be floating with at least one axis, got {x.dtype} {tuple(x.shape)}"
         )
+    if x.dtype in (torch.float16, torch.bfloat16):
+        wide = hadamard(x.to(torch.float32), out_scale=out_scale)
+        return wide.to(x.dtype) if out_scale is None else wide
     plan = plan_for(x.shape[-1])
     y = x.reshape(-1, plan.order)
     for matrix, before, after in _factors(plan.order, plan.core, x.dtype, x.device):

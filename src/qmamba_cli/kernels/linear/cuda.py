@@ -1,125 +1,104 @@
-"""Linear layers on CUDA: a dp4a kernel for few tokens, the tensor-core int8 product for many."""
+"""Linear layers on CUDA: int8 and packed 4-bit weights with a fused epilogue, and float tokens."""
 
-import numpy as np
 import torch
 
 from qmamba_cli.kernels import _launch
-from qmamba_cli.kernels.linear.reference import check_operands
-from qmamba_cli.quant.grid import reciprocal
+from qmamba_cli.kernels.linear import plan as plans
+from qmamba_cli.kernels.linear.float_cuda import ROW_TYPES, float_linear
+from qmamba_cli.kernels.linear.int8_cuda import Epilogue, int8_linear, skinny_entry
+from qmamba_cli.kernels.linear.interleaved import Weight
+from qmamba_cli.kernels.linear.operands import SOURCE as SOURCE
+from qmamba_cli.kernels.linear.plan import SkinnyPlan
+from qmamba_cli.kernels.linear.reference import check_operands, check_residual, check_split
 
-SOURCE = "linear/linear.cu"
 ENTRIES: tuple[str, ...] = (
     *(
-        f"linear_i8<{tokens}, {vector}, {out_i8}>"
-        for tokens in (1, 8)
-        for vector in ("true", "false")
-        for out_i8 in ("true", "false")
+        skinny_entry(SkinnyPlan(*tiles, 1, 1), packed)
+        for tiles in plans.SKINNY_TILES
+        for packed in (False, True)
     ),
-    "linear_epilogue<true>",
-    "linear_epilogue<false>",
+    *(f"linear_rows<{name}, {tokens}>" for name in ROW_TYPES.values() for tokens in plans.ROW_TOKENS),
+    "linear_bytes",
+    "linear_epilogue",
+    "expand_int4",
+    "expand_int4_bytes",
 )
-
-# Up to here one read of the weight serves all tokens and the tensor cores would idle.
-_FEW_TOKENS = 32
-_WARPS = 4
-_EPILOGUE_THREADS = 256
-_EPILOGUE_BLOCKS = 4096
 
 
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None = None,
     *,
     x_scale: float | None = None,
     weight_scale: torch.Tensor | None = None,
     out_scale: float | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear.reference.linear` on CUDA tensors: int8 operands give the same bits, int32 sums being exact.
 
-    Float operands go to the vendor's library: real class, ``k * eps * sum |terms|``.
+    Float operands are of class real, ``(k + 1) * eps * sum |terms|``, or of their own dtype's eps where that
+    has 16 bits. A float32 token of an int8 or float16 weight must stay below 2^23.
     """
     check_operands(x, weight, x_scale, weight_scale)
+    check_residual(x, weight, residual, out_scale)
     if x_scale is None or weight_scale is None:
-        y = torch.nn.functional.linear(x, weight, bias)
+        y = float_linear(x, weight, bias, weight_scale)
+        if residual is not None:
+            return residual + y
         if out_scale is None:
             return y
         from qmamba_cli.kernels.quantize.cuda import quantize
 
-        return quantize(y, out_scale)
-    rows, k = weight.shape
-    flat = _launch.contiguous("x", x).reshape(-1, k)
-    weight = _launch.contiguous("weight", weight)
-    out = torch.empty(
-        *x.shape[:-1], rows, device=x.device, dtype=torch.float32 if out_scale is None else torch.int8
+        return quantize(y.to(torch.float32), out_scale)
+    rows = weight.shape[0]
+    dtype = torch.float32 if out_scale is None else torch.int8
+    out = torch.empty(*x.shape[:-1], rows, device=x.device, dtype=dtype)
+    int8_linear(
+        x,
+        weight,
+        Epilogue(
+            weight_scale=_launch.contiguous("weight_scale", weight_scale),
+            bias=bias,
+            residual=None if residual is None else _launch.contiguous("residual", residual),
+            real=out if out_scale is None else None,
+            codes=None if out_scale is None else out,
+            x_scale=x_scale,
+            out_scale=out_scale,
+            split=rows if out_scale is None else 0,
+        ),
     )
-    scalars = (np.float32(x_scale), np.float32(0.0 if out_scale is None else reciprocal(out_scale)))
-    tokens = flat.shape[0]
-    if tokens > _FEW_TOKENS and k % 8 == 0 and rows % 8 == 0:
-        _product_then_epilogue(flat, weight, weight_scale, bias, out, scalars)
-    elif tokens:
-        _few(flat, weight, weight_scale, bias, out, scalars)
     return out
 
 
-def _few(
+def linear_split(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None = None,
+    *,
+    split: int,
+    x_scale: float,
     weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    scalars: tuple[np.float32, np.float32],
-) -> None:
-    tokens, k = x.shape
-    rows = weight.shape[0]
-    vector = k % 16 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    tile = 1 if tokens == 1 else 8
-    flags = ", ".join(str(flag).lower() for flag in (vector, out.dtype == torch.int8))
-    _launch.launch(
-        SOURCE,
-        f"linear_i8<{tile}, {flags}>",
-        grid=(-(-rows // _WARPS), -(-tokens // tile), 1),
-        block=(32 * _WARPS, 1, 1),
-        args=(
-            x,
-            weight,
-            weight_scale,
-            bias,
-            out,
-            *scalars,
-            np.int32(tokens),
-            np.int32(rows),
-            np.int32(k),
+    out_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`linear.reference.linear_split` on CUDA tensors: one product with two epilogues, the same bits."""
+    check_operands(x, weight, x_scale, weight_scale)
+    check_split(weight, split)
+    shape, rows = x.shape[:-1], weight.shape[0]
+    real = torch.empty(*shape, split, device=x.device, dtype=torch.float32)
+    codes = torch.empty(*shape, rows - split, device=x.device, dtype=torch.int8)
+    int8_linear(
+        x,
+        weight,
+        Epilogue(
+            weight_scale=_launch.contiguous("weight_scale", weight_scale),
+            bias=bias,
+            residual=None,
+            real=real,
+            codes=codes,
+            x_scale=x_scale,
+            out_scale=out_scale,
+            split=split,
         ),
-        device=x.device,
     )
-
-
-def _product_then_epilogue(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    scalars: tuple[np.float32, np.float32],
-) -> None:
-    acc = torch._int_mm(x, weight.t())
-    tokens, rows = acc.shape
-    flag = "true" if out.dtype == torch.int8 else "false"
-    _launch.launch(
-        SOURCE,
-        f"linear_epilogue<{flag}>",
-        grid=(min(tokens, _EPILOGUE_BLOCKS), -(-rows // _EPILOGUE_THREADS), 1),
-        block=(_EPILOGUE_THREADS, 1, 1),
-        args=(
-            acc,
-            weight_scale,
-            bias,
-            out,
-            *scalars,
-            np.int64(tokens),
-            np.int32(rows),
-            np.int32(acc.stride(0)),
-        ),
-        device=x.device,
-    )
+    return real, codes

@@ -1,4 +1,4 @@
-"""The int8 grid on CUDA; `quant.grid` is the definition, and every result equals it bit for bit."""
+"""The int8 grid on CUDA; every result equals the reference bit for bit."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ from qmamba_cli.kernels._launch import launch, require_cuda
 from qmamba_cli.quant.grid import reciprocal
 
 SOURCE = "quantize/quantize.cu"
+_TYPES = {torch.float32: "float", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "signed char"}
+_FLOATS = tuple(dtype for dtype in _TYPES if dtype.is_floating_point)
 ENTRIES = (
-    "convert_rows<float, signed char>",
     "convert_rows<signed char, float>",
-    "quantize_token_channels",
-    "quantize_token_time",
+    *(f"convert_rows<{_TYPES[dtype]}, signed char>" for dtype in _FLOATS),
+    *(f"quantize_token_{layout}<{_TYPES[dtype]}>" for layout in ("channels", "time") for dtype in _FLOATS),
 )
 
 _THREADS = 256
@@ -35,25 +36,25 @@ class Rows(NamedTuple):
 
 
 def quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """Float32 to int8; see `quant.grid.quantize`. Dense tensors and channel slices keep their axis order."""
-    return _convert(x, torch.float32, torch.int8, reciprocal(scale))
+    """Any float to int8; see `reference.quantize`. Dense tensors and channel slices keep their axis order."""
+    return _convert(x, _FLOATS, torch.int8, reciprocal(scale))
 
 
 def dequantize(q: torch.Tensor, scale: float) -> torch.Tensor:
-    """Int8 to float32; see `quant.grid.dequantize`. Dense tensors and channel slices keep their order."""
-    return _convert(q, torch.int8, torch.float32, scale)
+    """Int8 to float32; see `reference.dequantize`. Dense tensors and channel slices keep their axis order."""
+    return _convert(q, (torch.int8,), torch.float32, scale)
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 to int8 with one scale a token; see `quant.grid.quantize_per_token`.
+    """Float32 or a half to int8 with one scale a token; see `reference.quantize_per_token`.
 
     x (b, d, l) may have contiguous channels or contiguous time and any stride along the other; q gets the
     same axis contiguous, dense. Any other x is copied.
 
     Raises:
-        ShapeError: x is not (b, d, l) float32 on a GPU, or has no channels.
+        ShapeError: x is not (b, d, l) float32 or a half on a GPU, or has no channels.
     """
-    _require("x", x, torch.float32)
+    _require("x", x, _FLOATS)
     if x.dim() != 3 or x.shape[1] < 1:
         raise ShapeError(f"quantize_per_token: `x` must be (b, d, l) with d >= 1, got {tuple(x.shape)}")
     b, d, l = x.shape
@@ -72,7 +73,7 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         vector = _aligned(x, x.stride(0) if b > 1 else 0, x.stride(2) if l > 1 else 0) and d % 4 == 0
         launch(
             SOURCE,
-            "quantize_token_channels",
+            f"quantize_token_channels<{_TYPES[x.dtype]}>",
             grid=(l, b, 1),
             block=(_THREADS, 1, 1),
             args=[x, q, scale, *shape, np.int64(x.stride(2)), np.int32(vector)],
@@ -81,7 +82,7 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         launch(
             SOURCE,
-            "quantize_token_time",
+            f"quantize_token_time<{_TYPES[x.dtype]}>",
             grid=(-(-l // _WARP), b, 1),
             block=(_WARP, _WARP, 1),
             args=[x, q, scale, *shape, np.int64(x.stride(1))],
@@ -112,12 +113,14 @@ def _one_stride(x: torch.Tensor) -> bool:
     return all(x.shape[i] == 1 or x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
 
 
-def _convert(x: torch.Tensor, wanted: torch.dtype, dtype: torch.dtype, factor: float) -> torch.Tensor:
+def _convert(
+    x: torch.Tensor, wanted: tuple[torch.dtype, ...], dtype: torch.dtype, factor: float
+) -> torch.Tensor:
     _require("x", x, wanted)
     view = as_rows(x, dtype)
     if view.out.numel() == 0:
         return view.out
-    entry = ENTRIES[0] if dtype == torch.int8 else ENTRIES[1]
+    entry = f"convert_rows<{_TYPES[x.dtype]}, {_TYPES[dtype]}>"
     vector = _aligned(view.x, *((view.stride,) if view.rows > 1 else ()))
     vector = vector and (view.rows == 1 or view.inner % 4 == 0)
     launch(
@@ -144,7 +147,7 @@ def _aligned(x: torch.Tensor, *strides: int) -> bool:
     return x.data_ptr() % (4 * x.element_size()) == 0 and all(stride % 4 == 0 for stride in strides)
 
 
-def _require(name: str, x: torch.Tensor, dtype: torch.dtype) -> None:
+def _require(name: str, x: torch.Tensor, wanted: tuple[torch.dtype, ...]) -> None:
     require_cuda(name, x)
-    if x.dtype != dtype:
-        raise ShapeError(f"`{name}` is {x.dtype}, expected {dtype}")
+    if x.dtype not in wanted:
+        raise ShapeError(f"`{name}` is {x.dtype}, expected {' or '.join(str(dtype) for dtype in wanted)}")

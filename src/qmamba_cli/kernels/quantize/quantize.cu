@@ -1,4 +1,4 @@
-// Float32 to the int8 grid and back.
+// Floats to the int8 grid, from float32 or a half, and back to float32.
 //
 //   quantize            q = saturate(round_half_even(x * inv_scale))
 //   dequantize          x = q * scale
@@ -12,11 +12,13 @@
 //   per token, channels   block = one token; its threads reduce the row, then read it again (from L1 or L2)
 //   per token, time       block = 32 tokens x 32 threads that share the channels; one reduction in shared memory
 //
-// Numerics. Exact: one rounding by qm_quantize, IEEE division and reciprocal, a maximum in any order. No fma.
+// Numerics. Exact: halves are widened, one rounding by qm_quantize, IEEE division and reciprocal, a maximum in any
+// order. No fma.
 // Limits: finite x. Offsets are 64 bits wide; rows beyond the grid are looped over.
 //
 // Source: quant/grid.py.
 #include "numerics.cuh"
+#include "half.cuh"
 
 typedef unsigned int u32;
 typedef signed char i8;
@@ -40,9 +42,17 @@ __device__ __forceinline__ float4 dequantize_four(u32 q, float scale) {
 }
 
 // One element or four, in either direction. `factor`: inv_scale or scale.
-__device__ __forceinline__ void convert(const float* x, i8* q, float factor) { *q = qm_quantize(*x, factor); }
+template <typename In>
+__device__ __forceinline__ void convert(const In* x, i8* q, float factor) { *q = qm_quantize(widen(*x), factor); }
 __device__ __forceinline__ void convert(const i8* q, float* x, float factor) { *x = qm_dequantize(*q, factor); }
-__device__ __forceinline__ float4 read_four(const float* x) { return *reinterpret_cast<const float4*>(x); }
+template <typename In>
+__device__ __forceinline__ float4 read_four(const In* x) {
+  struct alignas(4 * sizeof(In)) Four {
+    In value[4];
+  };
+  const Four four = *reinterpret_cast<const Four*>(x);
+  return make_float4(widen(four.value[0]), widen(four.value[1]), widen(four.value[2]), widen(four.value[3]));
+}
 __device__ __forceinline__ u32 read_four(const i8* q) { return *reinterpret_cast<const u32*>(q); }
 __device__ __forceinline__ void write_four(float4 x, i8* q, float factor) {
   *reinterpret_cast<u32*>(q) = quantize_four(x, factor);
@@ -91,12 +101,13 @@ __device__ __forceinline__ float warp_max(float value) {
 }
 
 // Channels contiguous. x: (b, l, d), `batch_stride` and `stride` elements apart. q: (b, l, d), scale: (b, l), dense.
+template <typename In>
 __global__ void __launch_bounds__(THREADS)
-    quantize_token_channels(const float* __restrict__ x, i8* __restrict__ q, float* __restrict__ scale, int d, int l,
+    quantize_token_channels(const In* __restrict__ x, i8* __restrict__ q, float* __restrict__ scale, int d, int l,
                             i64 batch_stride, i64 stride, int vector) {
   __shared__ float partial[THREADS / WARP];
   const i64 token = static_cast<i64>(blockIdx.y) * l + blockIdx.x;
-  const float* from = x + blockIdx.y * batch_stride + blockIdx.x * stride;
+  const In* from = x + blockIdx.y * batch_stride + blockIdx.x * stride;
   i8* to = q + token * d;
   const int fours = vector ? d / 4 : 0;
   float absmax = 0.0f;
@@ -105,7 +116,7 @@ __global__ void __launch_bounds__(THREADS)
     const float4 four = read_four(from + 4 * static_cast<i64>(i));
     absmax = fmaxf(absmax, fmaxf(fmaxf(fabsf(four.x), fabsf(four.y)), fmaxf(fabsf(four.z), fabsf(four.w))));
   }
-  for (int i = 4 * fours + threadIdx.x; i < d; i += THREADS) absmax = fmaxf(absmax, fabsf(from[i]));
+  for (int i = 4 * fours + threadIdx.x; i < d; i += THREADS) absmax = fmaxf(absmax, fabsf(widen(from[i])));
   absmax = warp_max(absmax);
   if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = absmax;
   __syncthreads();
@@ -118,20 +129,21 @@ __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < fours; i += THREADS) {
     write_four(read_four(from + 4 * static_cast<i64>(i)), to + 4 * static_cast<i64>(i), inv_scale);
   }
-  for (int i = 4 * fours + threadIdx.x; i < d; i += THREADS) to[i] = qm_quantize(from[i], inv_scale);
+  for (int i = 4 * fours + threadIdx.x; i < d; i += THREADS) to[i] = qm_quantize(widen(from[i]), inv_scale);
 }
 
 // Time contiguous. x: (b, d, l), `batch_stride` and `stride` elements apart. q: (b, d, l), scale: (b, l), dense.
+template <typename In>
 __global__ void __launch_bounds__(WARP* WARP)
-    quantize_token_time(const float* __restrict__ x, i8* __restrict__ q, float* __restrict__ scale, int d, int l,
+    quantize_token_time(const In* __restrict__ x, i8* __restrict__ q, float* __restrict__ scale, int d, int l,
                         i64 batch_stride, i64 stride) {
   __shared__ float partial[WARP][WARP];
   const int t = blockIdx.x * WARP + threadIdx.x;
-  const float* from = x + blockIdx.y * batch_stride + t;
+  const In* from = x + blockIdx.y * batch_stride + t;
   float absmax = 0.0f;
   if (t < l) {
 #pragma unroll 4
-    for (int c = threadIdx.y; c < d; c += WARP) absmax = fmaxf(absmax, fabsf(from[c * stride]));
+    for (int c = threadIdx.y; c < d; c += WARP) absmax = fmaxf(absmax, fabsf(widen(from[c * stride])));
   }
   partial[threadIdx.y][threadIdx.x] = absmax;
   __syncthreads();
@@ -144,6 +156,6 @@ __global__ void __launch_bounds__(WARP* WARP)
   i8* to = q + static_cast<i64>(blockIdx.y) * d * l + t;
 #pragma unroll 4
   for (int c = threadIdx.y; c < d; c += WARP) {
-    to[static_cast<i64>(c) * l] = qm_quantize(from[c * stride], inv_scale);
+    to[static_cast<i64>(c) * l] = qm_quantize(widen(from[c * stride]), inv_scale);
   }
 }

@@ -1,4 +1,4 @@
-"""RMSNorm on CUDA: one block a row."""
+"""RMSNorm on CUDA, alone or after the residual's addition: one block a row."""
 
 import numpy as np
 import torch
@@ -13,23 +13,73 @@ _MAX_THREADS = 256
 _VECTOR = 4
 _ALIGNMENT = 16
 
-ENTRIES = tuple(f"rms_norm<{vector}, {out}>" for vector in (1, _VECTOR) for out in ("float", "signed char"))
+_TYPES = {torch.float32: "float", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "signed char"}
+_FLOATS = tuple(dtype for dtype in _TYPES if dtype.is_floating_point)
+
+# Rows of any width take a float32 delta only: it is rare, and a half is widened first.
+ENTRIES = (
+    *(f"rms_norm<1, float, {out}>" for out in _TYPES.values()),
+    *(f"rms_norm<{_VECTOR}, {_TYPES[delta]}, {out}>" for delta in _FLOATS for out in _TYPES.values()),
+)
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, *, eps: float, out_scale: float | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float,
+    out_scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Root-mean-square normalization of the last axis, then the int8 grid if asked; see the reference.
 
     The order of the sum depends on d_model alone, so a row's bits do not depend on the other rows.
 
     Returns:
-        (..., d_model) float32 within `tolerances.RMS_NORM` of the reference, or int8 in class grid.
+        (..., d_model) within `tolerances.RMS_NORM` of the reference, or int8 in class grid.
 
     Raises:
-        ShapeError: x or weight is not float32 or not on one GPU, weight has not d_model elements, or
-            out_scale is not finite and > 0.
+        ShapeError: x or weight is not float32 or not on one GPU, weight has not d_model elements, out_scale
+            is not finite and > 0, or out_dtype is not one of the reference's.
     """
+    return _normalize(x, None, weight, eps, out_scale, out_dtype)[0]
+
+
+def add_rms_norm(
+    residual: torch.Tensor,
+    delta: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float,
+    out_scale: float | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual's addition and `rms_norm` in one pass over memory; see the reference.
+
+    The new residual stream is exact: one float32 addition an element.
+
+    Raises:
+        ShapeError: as `rms_norm`, or delta is not of residual's shape and float32, float16 or bfloat16.
+    """
+    if delta.shape != residual.shape or delta.dtype not in _FLOATS:
+        raise ShapeError(
+            f"add_rms_norm: `delta` is {delta.dtype} {tuple(delta.shape)}, expected a float of "
+            f"{tuple(residual.shape)} as `residual`"
+        )
+    out, added = _normalize(residual, delta, weight, eps, out_scale, out_dtype)
+    assert added is not None
+    return out, added
+
+
+def _normalize(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    out_scale: float | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One launch: the output, and x + delta where there is a delta."""
     if x.dim() == 0 or x.dtype != torch.float32:
         raise ShapeError(
             f"rms_norm: `x` must be float32 with at least one axis, got {x.dtype} {tuple(x.shape)}"
@@ -39,24 +89,32 @@ def rms_norm(
         raise ShapeError(
             f"rms_norm: `weight` must be float32 ({d_model},), got {weight.dtype} {tuple(weight.shape)}"
         )
-    if weight is not None and weight.device != x.device:
-        raise ShapeError(f"rms_norm: `weight` is on {weight.device}, expected {x.device} as `x`")
+    if out_dtype is not None and out_dtype not in _FLOATS:
+        raise ShapeError(f"rms_norm: `out_dtype` is {out_dtype}, expected float32, float16 or bfloat16")
+    for name, tensor in (("weight", weight), ("delta", delta)):
+        if tensor is not None and tensor.device != x.device:
+            raise ShapeError(f"rms_norm: `{name}` is on {tensor.device}, expected {x.device} as `x`")
     inv_scale = 1.0 if out_scale is None else reciprocal(out_scale)
     x = _aligned(contiguous("x", x))
     gain = None if weight is None else _aligned(contiguous("weight", weight))
-    out = torch.empty(x.shape, dtype=torch.float32 if out_scale is None else torch.int8, device=x.device)
-    if x.numel() == 0:
-        return out
     vector, threads = launch_shape(d_model)
+    more = None
+    if delta is not None:
+        more = _aligned(contiguous("delta", delta if vector > 1 else delta.float()))
+    dtype = torch.int8 if out_scale is not None else out_dtype or torch.float32
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    added = None if more is None else torch.empty_like(x)
+    if x.numel() == 0:
+        return out, added
     launch(
         SOURCE,
-        f"rms_norm<{vector}, {'float' if out_scale is None else 'signed char'}>",
+        f"rms_norm<{vector}, {_TYPES[torch.float32 if more is None else more.dtype]}, {_TYPES[dtype]}>",
         grid=(x.numel() // d_model, 1, 1),
         block=(threads, 1, 1),
-        args=(x, gain, out, np.int32(d_model), np.float32(eps), np.float32(inv_scale)),
+        args=(x, more, gain, added, out, np.int32(d_model), np.float32(eps), np.float32(inv_scale)),
         device=x.device,
     )
-    return out
+    return out, added
 
 
 def launch_shape(d_model: int) -> tuple[int, int]:

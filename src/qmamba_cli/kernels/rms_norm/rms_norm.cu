@@ -1,34 +1,36 @@
-// Root-mean-square normalization of rows, then the int8 grid where Out is signed char.
+// Root-mean-square normalization of rows, after an addition where there is a delta; then the int8 grid where Out is
+// signed char.
 //
+//   x[row, i] = residual[row, i] + delta[row, i]                                  (kept as `sum`, where delta is given)
 //   y[row, i] = x[row, i] / sqrt(mean(x[row]^2) + eps) * weight[i]
 //   out       = saturate(round_half_even(y * inv_scale))                          (Out = signed char)
 //
-// Shapes   x (rows, d) float, weight (d,) float or null, out (rows, d) Out; row-major. V = 4 needs d % 4 == 0 and
-//          16-byte alignment, V = 1 takes any d.
+// Shapes   residual (rows, d) float, delta (rows, d) Delta or null, weight (d,) float or null, sum (rows, d) float, out
+//          (rows, d) Out; row-major. Delta: float, F16, BF16; Out: these or signed char. V = 4 needs d % 4 == 0 and
+//          16-byte alignment (halves and bytes: of four elements), V = 1 takes any d.
 // Mapping  one block a row. Thread t owns the vectors t, t + T, t + 2T, ... of V neighbours; the first KEPT of them
-//          stay in registers between the sum and the product, later ones are read again.
+//          stay in registers between the sum and the product, later ones are read and added again.
 // Numerics fp32. Each thread sums its squares in order (fused), lanes of a warp are summed by a butterfly, warps in
 //          order: the result depends on d, T and V only. Division and square root are IEEE. Compiled with
 //          -fmad=false.
 // Limits   T a multiple of 32, at most 256; d < 2^31.
 // Source   Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
 #include "numerics.cuh"
+#include "half.cuh"
 
 constexpr int MAX_THREADS = 256;
 constexpr int WARP = 32;
 constexpr int KEPT = 4;
 
-template <int V>
-struct alignas(V * sizeof(float)) Floats {
-  float value[V];
-};
-template <int V, typename Out>
-struct alignas(V * sizeof(Out)) Outputs {
-  Out value[V];
+// V neighbours.
+template <int V, typename T>
+struct alignas(V * sizeof(T)) Vector {
+  T value[V];
 };
 
-__device__ __forceinline__ void narrow(float y, float, float& out) { out = y; }
-__device__ __forceinline__ void narrow(float y, float inv_scale, signed char& out) { out = qm_quantize(y, inv_scale); }
+__device__ __forceinline__ void finish(float y, float inv_scale, signed char& out) { out = qm_quantize(y, inv_scale); }
+template <typename Out>
+__device__ __forceinline__ void finish(float y, float, Out& out) { narrow(y, out); }
 
 // Sum over the block, the same bits in every thread.
 __device__ __forceinline__ float block_sum(float sum) {
@@ -45,53 +47,75 @@ __device__ __forceinline__ float block_sum(float sum) {
 }
 
 template <int V>
-__device__ __forceinline__ float add_squares(float sum, const Floats<V>& x) {
+__device__ __forceinline__ float add_squares(float sum, const Vector<V, float>& x) {
 #pragma unroll
   for (int i = 0; i < V; i++) sum = fmaf(x.value[i], x.value[i], sum);
   return sum;
 }
 
+template <int V, typename Delta>
+__device__ __forceinline__ Vector<V, float> load(const Vector<V, float>* row, const Vector<V, Delta>* delta, int at) {
+  Vector<V, float> x = row[at];
+  if (delta != nullptr) {
+    const Vector<V, Delta> more = delta[at];
+#pragma unroll
+    for (int i = 0; i < V; i++) x.value[i] += widen(more.value[i]);
+  }
+  return x;
+}
+
 template <int V, typename Out>
-__device__ __forceinline__ void store(Outputs<V, Out>* out, const Floats<V>* weight, int at, const Floats<V>& x,
-                                      float factor, float inv_scale) {
-  Floats<V> gain;
+__device__ __forceinline__ void store(Vector<V, Out>* out, const Vector<V, float>* weight, int at,
+                                      const Vector<V, float>& x, float factor, float inv_scale) {
+  Vector<V, float> gain;
   if (weight != nullptr) gain = weight[at];
-  Outputs<V, Out> result;
+  Vector<V, Out> result;
 #pragma unroll
   for (int i = 0; i < V; i++) {
     float y = x.value[i] * factor;
     if (weight != nullptr) y *= gain.value[i];
-    narrow(y, inv_scale, result.value[i]);
+    finish(y, inv_scale, result.value[i]);
   }
   out[at] = result;
 }
 
 // Grid: one block a row.
-template <int V, typename Out>
+template <int V, typename Delta, typename Out>
 __global__ void __launch_bounds__(MAX_THREADS)
-    rms_norm(const float* __restrict__ x,       // (rows, d)
-             const float* __restrict__ weight,  // (d,) or null
-             Out* __restrict__ out,             // (rows, d)
+    rms_norm(const float* __restrict__ residual,  // (rows, d)
+             const Delta* __restrict__ delta,     // (rows, d) or null
+             const float* __restrict__ weight,    // (d,) or null
+             float* __restrict__ added,           // (rows, d): residual + delta; null without delta
+             Out* __restrict__ out,               // (rows, d)
              int d, float eps,
-             float inv_scale) {                 // steps a real unit; unused for float output
+             float inv_scale) {                   // steps a real unit; unused for float outputs
   const long long start = static_cast<long long>(blockIdx.x) * d;
-  const Floats<V>* row = reinterpret_cast<const Floats<V>*>(x + start);
-  const Floats<V>* gains = reinterpret_cast<const Floats<V>*>(weight);
-  Outputs<V, Out>* target = reinterpret_cast<Outputs<V, Out>*>(out + start);
+  const auto* row = reinterpret_cast<const Vector<V, float>*>(residual + start);
+  const auto* more = delta == nullptr ? nullptr : reinterpret_cast<const Vector<V, Delta>*>(delta + start);
+  const auto* gains = reinterpret_cast<const Vector<V, float>*>(weight);
+  auto* sums = reinterpret_cast<Vector<V, float>*>(added + start);
+  auto* target = reinterpret_cast<Vector<V, Out>*>(out + start);
   const int vectors = d / V;
   const int t = threadIdx.x, threads = blockDim.x;
-  Floats<V> kept[KEPT];
+  Vector<V, float> kept[KEPT];
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < KEPT; i++) {
-    if (t + i * threads < vectors) kept[i] = row[t + i * threads];
+    if (t + i * threads < vectors) kept[i] = load<V, Delta>(row, more, t + i * threads);
   }
 #pragma unroll
   for (int i = 0; i < KEPT; i++) {
-    if (t + i * threads < vectors) sum = add_squares<V>(sum, kept[i]);
+    const int at = t + i * threads;
+    if (at >= vectors) continue;
+    if (more != nullptr) sums[at] = kept[i];
+    sum = add_squares<V>(sum, kept[i]);
   }
   // Counted in 64 bits: the last step may pass 2^31.
-  for (long long at = t + KEPT * threads; at < vectors; at += threads) sum = add_squares<V>(sum, row[at]);
+  for (long long at = t + KEPT * threads; at < vectors; at += threads) {
+    const Vector<V, float> x = load<V, Delta>(row, more, static_cast<int>(at));
+    if (more != nullptr) sums[at] = x;
+    sum = add_squares<V>(sum, x);
+  }
   const float factor = 1.0f / sqrtf(block_sum(sum) / static_cast<float>(d) + eps);
 #pragma unroll
   for (int i = 0; i < KEPT; i++) {
@@ -99,6 +123,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
     if (at < vectors) store<V, Out>(target, gains, at, kept[i], factor, inv_scale);
   }
   for (long long at = t + KEPT * threads; at < vectors; at += threads) {
-    store<V, Out>(target, gains, static_cast<int>(at), row[at], factor, inv_scale);
+    const int i = static_cast<int>(at);
+    store<V, Out>(target, gains, i, load<V, Delta>(row, more, i), factor, inv_scale);
   }
 }

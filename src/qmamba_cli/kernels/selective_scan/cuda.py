@@ -8,7 +8,14 @@ import torch
 
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels._launch import contiguous, launch, require_cuda, sm_count
-from qmamba_cli.kernels.selective_scan.reference import CHUNK, ScanResult, check_operands
+from qmamba_cli.kernels.selective_scan.reference import (
+    CHUNK,
+    FLOAT_DTYPES,
+    ScanResult,
+    check_operands,
+    check_scales,
+    out_dtype,
+)
 from qmamba_cli.modes import ScanOrder
 from qmamba_cli.quant.grid import dequantize, reciprocal
 
@@ -20,13 +27,19 @@ _ROW_ORDER = ("u", "dt", "z", "B", "C")
 _MAX_LENGTH = 2**30
 
 # States a lane and lanes a channel of the walk kernel, by the states they hold; 16 states have two splits.
-_WALK_SPLITS = ((4, 2), (8, 2), (4, 4), (8, 4), (8, 8), (8, 16))
+# More states are walked in float32 only.
+_SIXTEEN_STATES = ((8, 2), (4, 4))
+_WALK_SPLITS = (*_SIXTEEN_STATES, (8, 4), (8, 8), (8, 16))
 _WALK_THREADS = 128
 _STEP_THREADS = 128
 _STEP_STATES = 4
-# Of the lanes kernel: lanes a channel, most warps a block, blocks a multiprocessor that its registers allow.
-_LANES_SHAPES = ((16, 10, 2), (32, 12, 1))
+# Lanes a channel of the lanes kernel; of a block at most 10 warps compute, 2 fetch and store.
+_LANES = (8, 16)
 _LANES_STATES, _SEGMENT, _PADDED = 16, 16, 20
+_LANES_WARPS, _HELPER_WARPS = 10, 2
+# In the time that a scheduler needs for one warp and tile: what every tile costs beside that, what every warp
+# of the multiprocessor costs by the shared memory it reads, and what a round of the shuffle scan adds.
+_TILE_COST, _WARP_COST, _SCAN_COST = 0.6, 0.1, 0.03
 # Below this length a tile of the lanes kernel would be mostly padding.
 _LANES_MIN_LENGTH = 128
 # Channels (b * d) a multiprocessor: up to the first number the lanes kernel fills the GPU better than
@@ -34,14 +47,29 @@ _LANES_MIN_LENGTH = 128
 # showed at 5 120 and 12 288 channels, and at 12 288 and 40 960.
 _LANES_MAX_CHANNELS = 60
 _TWO_LANES_MIN_CHANNELS = 150
-# Warps of a multiprocessor that keep its exp unit busy.
-_BUSY_WARPS = 16
 
-_TYPES = ("signed char, signed char", "signed char, float", "float, float")
+_FLOAT_TYPES = "float, float"
+_INT8_TYPES = ("signed char, signed char", "signed char, float")
+_HALF_TYPES = ("F16, F16", "BF16, BF16")
+_NARROW_TYPES = (*_INT8_TYPES, *_HALF_TYPES)
+TYPE_NAMES = {
+    torch.int8: "signed char",
+    torch.float32: "float",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+_TYPE_BYTES = {"signed char": 1, "float": 4, "F16": 2, "BF16": 2}
 ENTRIES: tuple[str, ...] = (
-    *(f"selective_scan_walk<{types}, {s}, {lanes}>" for types in _TYPES for s, lanes in _WALK_SPLITS),
-    *(f"selective_scan_lanes<{types}, {lanes}>" for types in _TYPES for lanes, _, _ in _LANES_SHAPES),
-    *(f"selective_scan_step<{types}>" for types in _TYPES),
+    *(f"selective_scan_walk<{_FLOAT_TYPES}, {states}, {lanes}>" for states, lanes in _WALK_SPLITS),
+    *(
+        f"selective_scan_walk<{types}, {states}, {lanes}>"
+        for types in _NARROW_TYPES
+        for states, lanes in _SIXTEEN_STATES
+    ),
+    *(f"selective_scan_lanes<{types}, 8>" for types in (_FLOAT_TYPES, *_NARROW_TYPES)),
+    # Of float32 operands 16 segments and their copies would not fit into shared memory.
+    *(f"selective_scan_lanes<{types}, 16>" for types in _NARROW_TYPES),
+    *(f"selective_scan_step<{types}>" for types in (_FLOAT_TYPES, *_NARROW_TYPES)),
 )
 
 
@@ -103,8 +131,9 @@ def selective_scan(
     """Selective state-space recurrence on the GPU; see `reference.selective_scan`.
 
     u, dt, z, B and C are read in place where neighbouring channels (states) are adjacent in memory, as in a
-    transposed view of a (b, l, d) tensor with any row stride; other layouts are copied. dt, B, C and z are
-    fast as all int8 or all float32; of a mixture the int8 ones are dequantized first. Chunked order runs
+    transposed view of a (b, l, d) tensor with any row stride; other layouts are copied. All operands of one
+    float dtype, and int8 dt, B, C and z with an int8 or float32 u, are read as they are; of another mixture
+    the operands are widened to float32 first. Chunked order runs
     parallel over the sequence where b * d is too small to fill the GPU, and from left to right otherwise;
     sequential order always from left to right. They differ by float32 rounding only, and the same call gives
     the same bits every time.
@@ -117,13 +146,12 @@ def selective_scan(
     b, d, l = check_operands(u, dt, A, B, C, z, state, state_scale)
     n = A.shape[1]
     _check_kernel_limits(d, l, n, {"A": A, "D": D, "dt_bias": dt_bias})
-    _check_operands(operands, scales, requantize_u)
+    check_scales(operands, scales, requantize_u)
     _check_devices({**operands, "A": A, "D": D, "dt_bias": dt_bias}, state)
-    if any(operands[name].dtype != torch.int8 for name in ("dt", "B", "C", "z")):
-        operands = {name: _dequantized(x, scales[name]) for name, x in operands.items()}
-    rows = {name: _rows(x) for name, x in operands.items()}
+    rows = {name: _rows(x) for name, x in _readable(operands, scales, l, n, requantize_u).items()}
 
-    y = torch.empty(b, l, d, dtype=torch.float32, device=u.device)
+    y_dtype = torch.float32 if rows["u"].dtype == torch.int8 else rows["u"].dtype
+    y = torch.empty(b, l, d, dtype=y_dtype, device=u.device)
     state_dtype = torch.float32 if state_scale is None else torch.int8
     new_state = torch.empty(b, d, n, dtype=state_dtype, device=u.device)
     chunk_states = (
@@ -131,11 +159,12 @@ def selective_scan(
         if return_chunk_states
         else None
     )
-    config = plan(b, d, l, n, order, types=_types(rows["u"], rows["dt"]), gpu=_gpu(u.device))
-    blocks = -(-d // config.channels)
+    types = f"{TYPE_NAMES[rows['dt'].dtype]}, {TYPE_NAMES[rows['u'].dtype]}"
+    config = plan(b, d, l, n, order, types=types, gpu=gpu_of(u.device))
     # The grid of a float u matters only where it is requantized.
     requantized = requantize_u and u.dtype != torch.int8
     parameters = (contiguous(name, x) for name, x in (("A", A), ("D", D), ("dt_bias", dt_bias)))
+    blocks = -(-d // config.channels)
     launch(
         SOURCE,
         config.entry,
@@ -155,7 +184,7 @@ def selective_scan(
         shared_bytes=config.shared_bytes,
         device=u.device,
     )
-    return ScanResult(y=y, state=new_state, chunk_states=chunk_states)
+    return ScanResult(y=y.to(out_dtype(u)), state=new_state, chunk_states=chunk_states)
 
 
 def _scale_arguments(
@@ -181,7 +210,7 @@ def plan(b: int, d: int, l: int, n: int, order: ScanOrder, *, types: str, gpu: G
         b: batch rows.
         d: channels.
         l: time steps.
-        n: states, at most `MAX_STATES`.
+        n: states, at most `MAX_STATES`, or 16 of other types than float where l > 1.
         order: only chunked order may run parallel over the sequence.
         types: C++ types of dt, B, C, z and of u.
         gpu: where it runs.
@@ -200,7 +229,8 @@ def plan(b: int, d: int, l: int, n: int, order: ScanOrder, *, types: str, gpu: G
         if config is not None:
             return config
     wide = b * d >= _TWO_LANES_MIN_CHANNELS * gpu.multiprocessors
-    fitting = [split for split in _WALK_SPLITS if split[0] * split[1] >= n]
+    splits = _WALK_SPLITS if types == _FLOAT_TYPES else _SIXTEEN_STATES
+    fitting = [split for split in splits if split[0] * split[1] >= n]
     size = fitting[0][0] * fitting[0][1]
     # Where a size has two splits, the first has fewer lanes a channel.
     states, lanes = [split for split in fitting if split[0] * split[1] == size][0 if wide else -1]
@@ -213,24 +243,26 @@ def plan(b: int, d: int, l: int, n: int, order: ScanOrder, *, types: str, gpu: G
 
 
 def _plan_lanes(b: int, d: int, l: int, types: str, gpu: Gpu) -> LaunchConfig | None:
-    """The block of the lanes kernel that leaves the busiest multiprocessor the least to do, if any fits."""
+    """The block of the lanes kernel that leaves the busiest scheduler the least to do, if any fits."""
     best, best_cost = None, float("inf")
-    for lanes, most_warps, resident in _LANES_SHAPES:
-        for warps in range(most_warps, 1, -1):
+    for lanes in _LANES:
+        shared = lanes_shared_bytes(lanes, types)
+        if shared > gpu.block_shared_bytes or f"selective_scan_lanes<{types}, {lanes}>" not in ENTRIES:
+            continue
+        for warps in range(_LANES_WARPS, 0, -1):
             channels = warps * 32 // lanes
-            shared = lanes_shared_bytes(lanes, channels, types)
-            if shared > gpu.block_shared_bytes:
-                continue
-            # A block also costs 1 KB that the driver keeps.
-            resident_here = min(resident, gpu.shared_bytes // (shared + 1024))
-            load = -(-b * -(-d // channels) // gpu.multiprocessors)
-            busy = min(1.0, min(load, resident_here) * warps / _BUSY_WARPS)
-            cost = load * warps * -(-l // (lanes * _SEGMENT)) / busy
+            # A block fills a multiprocessor; its warps are dealt out to 4 schedulers.
+            waves = -(-b * -(-d // channels) // gpu.multiprocessors)
+            tiles = -(-l // (lanes * _SEGMENT))
+            # Whole rows of 4 channels are copied without a look at each.
+            copies = 1.0 if channels % 4 == 0 else 1.2
+            work = -(-warps // 4) * (1 + _SCAN_COST * lanes.bit_length()) + _WARP_COST * warps + _TILE_COST
+            cost = waves * tiles * work * copies
             if cost < best_cost:
                 best_cost = cost
                 best = LaunchConfig(
                     entry=f"selective_scan_lanes<{types}, {lanes}>",
-                    threads=warps * 32,
+                    threads=(warps + _HELPER_WARPS) * 32,
                     channels=channels,
                     lanes_per_channel=lanes,
                     shared_bytes=shared,
@@ -238,20 +270,26 @@ def _plan_lanes(b: int, d: int, l: int, types: str, gpu: Gpu) -> LaunchConfig | 
     return best
 
 
-def lanes_shared_bytes(lanes: int, channels: int, types: str) -> int:
-    """Shared memory of one block of the lanes kernel, laid out as selective_scan_lanes says.
+def lanes_shared_bytes(lanes: int, types: str) -> int:
+    """Shared memory of one block of the lanes kernel, laid out as selective_scan_lanes.cuh says.
 
     Args:
         lanes: a channel.
-        channels: a block.
         types: C++ types of dt, B, C, z and of u.
     """
-    float_row = 4 * (lanes * _PADDED + 4)
-    byte_row = lanes * _SEGMENT + 16
-    row = {"signed char": byte_row, "float": float_row}
     operand, u_operand = types.split(", ")
-    rows_and_states = float_row * (2 * _LANES_STATES + channels) + channels * 2 * _LANES_STATES * 4
-    return rows_and_states + channels * (2 * row[operand] + row[u_operand])
+    pitch = _LANES_WARPS * 32 // lanes
+
+    def tile(name: str) -> int:
+        size = _TYPE_BYTES[name]
+        return lanes * (_SEGMENT * pitch * size + max(128 // lanes, 4 * size))
+
+    states = 2 * _LANES_STATES * 4 * (lanes * _PADDED + 4)
+    y = lanes * 4 * (_SEGMENT * pitch + 4)
+    raw_states = 2 * _LANES_STATES * lanes * _SEGMENT * _TYPE_BYTES[operand]
+    gates = 1024 if operand == "signed char" else 0
+    carries = 2 * pitch * _LANES_STATES * 4
+    return 2 * (states + y + 2 * tile(operand) + tile(u_operand)) + carries + raw_states + gates
 
 
 def _power_of_two(value: int) -> int:
@@ -259,7 +297,8 @@ def _power_of_two(value: int) -> int:
 
 
 @cache
-def _gpu(device: torch.device) -> Gpu:
+def gpu_of(device: torch.device) -> Gpu:
+    """What `plan` needs to know of a device."""
     properties = torch.cuda.get_device_properties(device)
     return Gpu(
         multiprocessors=sm_count(device),
@@ -271,31 +310,36 @@ def _gpu(device: torch.device) -> Gpu:
     )
 
 
-def _types(u: torch.Tensor, dt: torch.Tensor) -> str:
-    name = {torch.int8: "signed char", torch.float32: "float"}
-    return f"{name[dt.dtype]}, {name[u.dtype]}"
-
-
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """(b, c, l) to a (b, l, c) view whose channels are adjacent; a copy where they are not."""
     rows = x.transpose(1, 2)
     return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
 
 
-def _dequantized(x: torch.Tensor, scale: float | None) -> torch.Tensor:
-    return x if x.dtype != torch.int8 or scale is None else dequantize(x, scale)
+def _readable(
+    operands: dict[str, torch.Tensor],
+    scales: dict[str, float | None],
+    l: int,
+    n: int,
+    requantize_u: bool,
+) -> dict[str, torch.Tensor]:
+    """The operands in dtypes that a kernel exists for: unchanged where possible, else as float32.
+
+    More than 16 states, and a half-precision u to put on its grid, are rare enough for float32, which keeps
+    the instances few.
+    """
+    u_dtype, others = operands["u"].dtype, {x.dtype for name, x in operands.items() if name != "u"}
+    half = u_dtype in FLOAT_DTYPES[1:]
+    if (l == 1 or n <= _LANES_STATES) and not (half and requantize_u):
+        if others == {u_dtype}:
+            return operands
+        if others == {torch.int8}:
+            return {**operands, "u": operands["u"].float()}
+    return {name: _widened(x, scales[name]) for name, x in operands.items()}
 
 
-def _check_operands(
-    operands: dict[str, torch.Tensor], scales: dict[str, float | None], requantize_u: bool
-) -> None:
-    for name, x in operands.items():
-        if x.dtype not in (torch.int8, torch.float32):
-            raise ShapeError(f"selective_scan: `{name}` is {x.dtype}, expected int8 or float32")
-        if x.dtype == torch.int8 and scales[name] is None:
-            raise ShapeError(f"selective_scan: `{name}` is int8 and needs `{name.lower()}_scale`")
-    if requantize_u and operands["u"].dtype != torch.int8 and scales["u"] is None:
-        raise ShapeError("selective_scan: requantizing `u` needs `u_scale`")
+def _widened(x: torch.Tensor, scale: float | None) -> torch.Tensor:
+    return x.float() if x.dtype != torch.int8 or scale is None else dequantize(x, scale)
 
 
 def _check_kernel_limits(d: int, l: int, n: int, parameters: dict[str, torch.Tensor]) -> None:

@@ -1,6 +1,6 @@
 """Selective scan in torch: the definition that kernels are judged against."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from qmamba_cli.quant.grid import dequantize, fake_quantize, quantize
 # Steps of one chunk of the chunked order; the sequential order takes as many at a time to bound memory.
 # Calibration observes the state at the ends of these chunks.
 CHUNK = 64
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Elements of one step of the recurrence. Torch hands larger operations to its thread pool, which costs more
 # than a step's arithmetic, and very much more where the cores are busy; this size also stays in the cache.
 _STEP_ELEMENTS = 32767
@@ -21,7 +22,8 @@ class ScanResult(NamedTuple):
     """What a scan returns.
 
     Attributes:
-        y: (b, l, d) float32, gated output; channels last, as the Hadamard transform and out_proj read it.
+        y: (b, l, d) gated output in the dtype of u, float32 where u is int8; channels last, as the Hadamard
+            transform and out_proj read it.
         state: (b, d, n) state after the last token, int8 or float32.
         chunk_states: (b, ceil(l / CHUNK), d, n) float32 states at chunk ends and after the last token, or
             None.
@@ -74,13 +76,14 @@ def selective_scan(
     [1.0, 1.3679, 1.5032]
 
     Args:
-        u: (b, d, l) int8 with ``u_scale``, or float32. Any strides, as for every argument.
-        dt: (b, d, l) before its bias, int8 with ``dt_scale``, or float32.
+        u: (b, d, l) int8 with ``u_scale``, or float: float32, float16 or bfloat16. Any strides, as for every
+            argument.
+        dt: (b, d, l) before its bias, int8 with ``dt_scale``, or float.
         A: (d, n) float32, negative: ``-exp(A_log)``.
-        B: (b, n, l) int8 with ``b_scale``, or float32.
-        C: (b, n, l) int8 with ``c_scale``, or float32.
+        B: (b, n, l) int8 with ``b_scale``, or float.
+        C: (b, n, l) int8 with ``c_scale``, or float.
         D: (d,) float32.
-        z: (b, d, l) int8 with ``z_scale``, or float32.
+        z: (b, d, l) int8 with ``z_scale``, or float.
         dt_bias: (d,) float32.
         order: chunked or sequential.
         u_scale: real units a step of an int8 u, or of the grid that a float u is requantized to.
@@ -103,11 +106,13 @@ def selective_scan(
         order and the grids are ours, see docs/numerics.md.
     """
     b, d, l = check_operands(u, dt, A, B, C, z, state, state_scale)
-    u_real = _real("u", u, u_scale, requantize_u)
-    delta = torch.nn.functional.softplus(_time_major(_real("dt", dt, dt_scale)) + dt_bias)  # (l, b, d)
+    scales = {"u": u_scale, "dt": dt_scale, "B": b_scale, "C": c_scale, "z": z_scale}
+    check_scales({"u": u, "dt": dt, "B": B, "C": C, "z": z}, scales, requantize_u)
+    u_real = _real(u, u_scale, requantize_u)
+    delta = torch.nn.functional.softplus(_time_major(_real(dt, dt_scale)) + dt_bias)  # (l, b, d)
     u_time = _time_major(u_real)
     driven = delta * u_time
-    B_time, C_time = _time_major(_real("B", B, b_scale)), _time_major(_real("C", C, c_scale))  # (l, b, n)
+    B_time, C_time = _time_major(_real(B, b_scale)), _time_major(_real(C, c_scale))  # (l, b, n)
     h = _initial_state(state, state_scale, b, d, A)  # (n, b, d)
 
     y = torch.empty(l, b, d, dtype=torch.float32, device=u.device)
@@ -125,10 +130,10 @@ def selective_scan(
             if ends is not None:
                 ends[index, :, :, channels] = h[:, :, channels]
 
-    y = y.addcmul_(u_time, D).mul_(torch.nn.functional.silu(_time_major(_real("z", z, z_scale))))
+    y = y.addcmul_(u_time, D).mul_(torch.nn.functional.silu(_time_major(_real(z, z_scale))))
     last = h.permute(1, 2, 0).contiguous()
     return ScanResult(
-        y=y.transpose(0, 1),
+        y=y.transpose(0, 1).to(out_dtype(u)),
         state=last if state_scale is None else quantize(last, state_scale),
         chunk_states=None if ends is None else ends.permute(2, 0, 3, 1),
     )
@@ -173,18 +178,10 @@ def _time_major(x: torch.Tensor) -> torch.Tensor:
     return x.permute(2, 0, 1)
 
 
-def _real(name: str, x: torch.Tensor, scale: float | None, requantize: bool = False) -> torch.Tensor:
-    if x.dtype == torch.int8:
-        if scale is None:
-            raise ShapeError(f"selective_scan: `{name}` is int8 and needs `{name.lower()}_scale`")
+def _real(x: torch.Tensor, scale: float | None, requantize: bool = False) -> torch.Tensor:
+    if scale is not None and x.dtype == torch.int8:
         return dequantize(x, scale)
-    if x.dtype != torch.float32:
-        raise ShapeError(f"selective_scan: `{name}` is {x.dtype}, expected int8 or float32")
-    if not requantize:
-        return x
-    if scale is None:
-        raise ShapeError(f"selective_scan: requantizing `{name}` needs `{name.lower()}_scale`")
-    return fake_quantize(x, scale)
+    return x.float() if scale is None or not requantize else fake_quantize(x.float(), scale)
 
 
 def _initial_state(
@@ -195,6 +192,30 @@ def _initial_state(
     real = state if state_scale is None else dequantize(state, state_scale)
     # A copy even where the permuted state is contiguous (n = 1): the scan writes into it.
     return real.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def out_dtype(u: torch.Tensor) -> torch.dtype:
+    """Of y: u's own, or float32 where u is int8."""
+    return u.dtype if u.dtype in FLOAT_DTYPES else torch.float32
+
+
+def check_scales(
+    operands: Mapping[str, torch.Tensor], scales: Mapping[str, float | None], requantize_u: bool
+) -> None:
+    """Check the dtypes of u, dt, B, C and z, and that those that need a scale have one.
+
+    Raises:
+        ShapeError: they are not as `selective_scan` documents them.
+    """
+    for name, x in operands.items():
+        if x.dtype not in (torch.int8, *FLOAT_DTYPES):
+            raise ShapeError(
+                f"selective_scan: `{name}` is {x.dtype}, expected int8, float32, float16 or bfloat16"
+            )
+        if x.dtype == torch.int8 and scales[name] is None:
+            raise ShapeError(f"selective_scan: `{name}` is int8 and needs `{name.lower()}_scale`")
+    if requantize_u and operands["u"].dtype != torch.int8 and scales["u"] is None:
+        raise ShapeError("selective_scan: requantizing `u` needs `u_scale`")
 
 
 def check_operands(

@@ -13,9 +13,7 @@
 //             lane      0          1          0          1        (LPC = 2, one channel)
 //             states    0..7       8..15      0..7       8..15
 //             owns      step 0     step 1     step 2     step 3
-//   lanes  LN lanes share a channel, 16 consecutive steps each; states are the outer loop. A lane runs its steps
-//          from zero, a shuffle scan of (decay, state) gives its true start, it runs them again. Parallel over
-//          the sequence: for few channels.
+//   lanes  LN lanes share a channel, 16 consecutive steps each; states are the outer loop: selective_scan_lanes.cuh.
 //   step   one token; a lane owns 4 states.
 //
 // Numerics: exp(x) = ex2.approx(x * log2 e), relative error 2^-22.5, results below 2^-126 are zero. softplus
@@ -27,25 +25,12 @@
 // Limits: n <= S * LPC (walk), 16 (lanes), 4 * lanes_per_channel (step); padded states stay zero.
 // Source: Gu and Dao, "Mamba" (2023), algorithm 2. The kernels are ours.
 #include "numerics.cuh"
+#include "half.cuh"
 #include "selective_scan.cuh"
+#include "selective_scan_lanes.cuh"
 
-constexpr int CHUNK = 64;       // steps between chunk states, as in reference.py
 constexpr int WALK_THREADS = 128;
 constexpr int STEP_STATES = 4;
-
-// The parameters of every kernel. Strides are in elements; scales are real units a step, 1 for float operands.
-//   u_inv_scale != 0 puts a float u on the grid first. state_inv_scale != 0: states are int8, else float32.
-//   state_in (b, d, n) or null for zeros; state_out (b, d, n); chunk_states (b, ceil(l / CHUNK), d, n) or null.
-//   blocks_x: blocks along the channels; blockIdx.x = batch * blocks_x + block of channels.
-#define SCAN_PARAMETERS                                                                                     \
-  const U *__restrict__ u, const In *__restrict__ dt, const In *__restrict__ z, const In *__restrict__ B,   \
-      const In *__restrict__ C, const float *__restrict__ A, const float *__restrict__ D,                   \
-      const float *__restrict__ dt_bias, const void *__restrict__ state_in, void *__restrict__ state_out,   \
-      float *__restrict__ chunk_states, float *__restrict__ y, long long u_batch, long long u_row,          \
-      long long dt_batch, long long dt_row, long long z_batch, long long z_row, long long b_batch,          \
-      long long b_row, long long c_batch, long long c_row, float u_scale, float u_inv_scale, float dt_scale, \
-      float b_scale, float c_scale, float z_scale, float state_scale, float state_inv_scale, int d, int l,  \
-      int n, int blocks_x, int lanes_per_channel
 
 __device__ constexpr int at_least(int value, int least) { return value < least ? least : value; }
 __device__ constexpr int at_most(int value, int most) { return value < most ? value : most; }
@@ -54,10 +39,10 @@ __device__ constexpr int walk_blocks(int S, int LPC) { return S * LPC != 16 ? 4 
 
 template <typename In, typename U, int S, int LPC>
 __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_scan_walk(SCAN_PARAMETERS) {
-  using RawIn = typename RawOf<In>::type;
+  using Late = decltype(load_late(B));
   constexpr int N = S * LPC, CHANNELS = WALK_THREADS / LPC;
   constexpr int RUN = at_least(S * LPC == 16 ? 16 : 8, LPC), GROUPS = RUN / LPC;
-  constexpr int TILE = at_least(at_most(512 / N, sizeof(In) == 1 ? 32 : 16), LPC);
+  constexpr int TILE = at_least(at_most(512 / N, sizeof(In) <= 2 ? 32 : 16), LPC);
   constexpr int PIECES = TILE * N / WALK_THREADS;  // of B, and as many of C, that a thread stages
   static_assert(TILE % RUN == 0 && CHUNK % TILE == 0 && S % 4 == 0, "tile, run and chunk must nest");
   __shared__ __align__(16) float shared_b[2][TILE * N];  // [buffer][step][state]
@@ -78,7 +63,7 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
   const In* z_at = z + batch * z_batch + c0;
   const In* b_at = B + batch * b_batch + tid / N * b_row + tid % N;
   const In* c_at = C + batch * c_batch + tid / N * c_row + tid % N;
-  float* y_at = y + (static_cast<long long>(batch) * l + q) * d + c;
+  typename OutOf<U>::type* y_at = y + (static_cast<long long>(batch) * l + q) * d + c;
   const bool aligned = c0 + CHANNELS <= d && rows_aligned<16>(u_at, u_row) && rows_aligned<16>(dt_at, dt_row) &&
                        rows_aligned<16>(z_at, z_row);
   const long long state_at = (static_cast<long long>(batch) * d + c) * n + q * S;
@@ -91,9 +76,11 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
     A2[s] = valid ? A[static_cast<long long>(c) * n + q * S + s] * LOG2E : 0.0f;
     h[s] = valid ? load_state(state_in, state_at + s, state_scale, state_inv_scale) : 0.0f;
   }
-  const float bias = dt_bias[c], skip_weight = D[c];
+  // A value whose first use is inside the loop is waited for there, every time, together with whatever is on its way
+  // for the next tile; so add zero.
+  const float bias = dt_bias[c] + 0.0f, skip_weight = D[c] + 0.0f;
 
-  RawIn b_raw[PIECES], c_raw[PIECES];
+  Late b_raw[PIECES], c_raw[PIECES];
   auto fetch = [&](int t0, int buffer) {
     if (t0 < l) {
       copy_tile<TILE, CHANNELS, WALK_THREADS>(shared_dt[buffer], dt_at, dt_row, l - t0, d - c0, aligned);
@@ -107,8 +94,8 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
     for (int i = 0; i < PIECES; i++) {
       const int t = t0 + tid / N + i * (WALK_THREADS / N);
       const bool valid = state_valid && t < l;
-      b_raw[i] = valid ? load_raw(b_at) : load_zero(b_at);
-      c_raw[i] = valid ? load_raw(c_at) : load_zero(c_at);
+      b_raw[i] = valid ? load_late(b_at) : Late{};
+      c_raw[i] = valid ? load_late(c_at) : Late{};
       b_at += WALK_THREADS / N * b_row;
       c_at += WALK_THREADS / N * c_row;
     }
@@ -124,7 +111,7 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
   };
 
   fetch(0, 0);
-  fill_gates(gates, shared_z[0], z_scale);
+  fill_gates(gates, shared_z[0], z_scale, WALK_THREADS);
   stage(0);
   int buffer = 0;
   for (int t0 = 0; t0 < l; t0 += TILE) {
@@ -139,7 +126,7 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
         // Steps behind the end leave the state: their delta is zero, without a branch.
         const float bias_now = t0 + r + g * LPC + q < l ? bias : NO_STEP;
         const int at = run_at + g * LPC * CHANNELS;
-        const float u_now = u_of(load_raw(&shared_u[buffer][at]), u_scale, u_inv_scale);
+        const float u_now = u_of<U>(load_raw(&shared_u[buffer][at]), u_scale, u_inv_scale);
         delta[g] = delta_of(load_raw(&shared_dt[buffer][at]), dt_scale, bias_now);
         driven[g] = delta[g] * u_now * b_scale;
         skip[g] = skip_weight * u_now;
@@ -172,7 +159,7 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
         const float total = reduce_scatter<LPC>(sums, q);
         const float gate_now = gate_of(gates, load_raw(&shared_z[buffer][run_at + g * LPC * CHANNELS]));
         const float out = fmaf(c_scale, total, skip[g]) * gate_now;
-        if (live && t0 + r + g * LPC + q < l) *y_at = out;
+        if (live && t0 + r + g * LPC + q < l) narrow(out, *y_at);
         y_at += static_cast<long long>(LPC) * d;
       }
     }
@@ -194,170 +181,6 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
   }
 }
 
-// Dynamic shared memory, cuda.py counts the same: B, C [16][row]; y [channel][row]; A, h [channel][2][16];
-// dt, z, u [channel][row of their type].
-template <typename In, typename U, int LN>
-__global__ void __launch_bounds__(LN == 32 ? 384 : 320, LN == 32 ? 1 : 2) selective_scan_lanes(SCAN_PARAMETERS) {
-  constexpr int N = LANES_STATES, TILE = LN * SEGMENT, ROW = LN * PADDED + 4;
-  constexpr int IN_ROW = staged_row<In, LN>(), U_ROW = staged_row<U, LN>();
-  const int threads = blockDim.x, channels = threads / LN;
-  extern __shared__ __align__(16) float shared_floats[];
-  float* shared_b = shared_floats;
-  float* shared_c = shared_b + N * ROW;
-  float* shared_y = shared_c + N * ROW;
-  float* shared_A = shared_y + channels * ROW;
-  In* shared_dt = reinterpret_cast<In*>(shared_A + 2 * channels * N);
-  In* shared_z = shared_dt + channels * IN_ROW;
-  U* shared_u = reinterpret_cast<U*>(shared_z + channels * IN_ROW);
-
-  const int tid = threadIdx.x, lane = tid % LN, ch = tid / LN;
-  const int batch = blockIdx.x / blocks_x, c0 = (blockIdx.x % blocks_x) * channels;
-  const int c = min(c0 + ch, d - 1);
-  const bool live = c0 + ch < d;
-  const int channels_here = min(channels, d - c0);
-  const U* u_at = u + batch * u_batch + c0;
-  const In* dt_at = dt + batch * dt_batch + c0;
-  const In* z_at = z + batch * z_batch + c0;
-  const In* b_at = B + batch * b_batch;
-  const In* c_at = C + batch * c_batch;
-  float* y_at = y + static_cast<long long>(batch) * l * d + c0;
-  const float bias = dt_bias[c], skip_weight = D[c];
-  const bool words = sizeof(In) == 1 && channels % 4 == 0 && channels_here == channels &&
-                     rows_aligned<4>(dt_at, dt_row) && rows_aligned<4>(z_at, z_row) &&
-                     (sizeof(U) != 1 || rows_aligned<4>(u_at, u_row));
-  const int chunks = (l - 1) / CHUNK + 1;
-  const long long state_at = (static_cast<long long>(batch) * d + c) * n;
-
-  float* const A_at = shared_A + ch * 2 * N;
-  for (int i = lane; i < N; i += LN) {
-    const bool valid = i < n;
-    A_at[i] = valid ? A[static_cast<long long>(c) * n + i] * LOG2E : 0.0f;
-    A_at[N + i] = valid ? load_state(state_in, state_at + i, state_scale, state_inv_scale) : 0.0f;
-  }
-  for (int t0 = 0; t0 < l; t0 += TILE) {
-    const In *dt_now = dt_at + t0 * dt_row, *z_now = z_at + t0 * z_row;
-    const U* u_now = u_at + t0 * u_row;
-    unsigned int dt_words[4], z_words[4], u_words[4];
-    if constexpr (sizeof(In) == 1) {
-      if (words) {
-        load_words(dt_words, dt_now, dt_row, l - t0, channels);
-        load_words(z_words, z_now, z_row, l - t0, channels);
-        if constexpr (sizeof(U) == 1) load_words(u_words, u_now, u_row, l - t0, channels);
-      }
-    }
-    stage_states<LN>(shared_b, shared_c, b_at + t0 * b_row, c_at + t0 * c_row, b_row, c_row, l - t0, n);
-    if (!words) {
-      stage_channels<LN>(shared_dt, IN_ROW, dt_now, dt_row, l - t0, channels, channels_here);
-      stage_channels<LN>(shared_z, IN_ROW, z_now, z_row, l - t0, channels, channels_here);
-    }
-    if (!words || sizeof(U) != 1) {
-      stage_channels<LN>(shared_u, U_ROW, u_now, u_row, l - t0, channels, channels_here);
-    }
-    if constexpr (sizeof(In) == 1) {
-      if (words) {
-        stage_words(shared_dt, IN_ROW, dt_words, channels);
-        stage_words(shared_z, IN_ROW, z_words, channels);
-        if constexpr (sizeof(U) == 1) stage_words(shared_u, U_ROW, u_words, channels);
-      }
-    }
-    __syncthreads();
-    // The next tile is not waited for from device memory.
-    for (int t = t0 + TILE + tid; t < min(l, t0 + 2 * TILE); t += threads) {
-      prefetch(dt_at + t * dt_row);
-      prefetch(z_at + t * z_row);
-      prefetch(u_at + t * u_row);
-      prefetch(b_at + t * b_row);
-      prefetch(c_at + t * c_row);
-    }
-
-    const int left = l - t0 - lane * SEGMENT;
-    float delta[SEGMENT], driven[SEGMENT], sums[SEGMENT], span = 0.0f;
-    {
-      typename RawOf<In>::type dt_raw[SEGMENT];
-      typename RawOf<U>::type u_raw[SEGMENT];
-      read_segment(shared_dt + ch * IN_ROW, lane, dt_raw);
-      read_segment(shared_u + ch * U_ROW, lane, u_raw);
-#pragma unroll
-      for (int i = 0; i < SEGMENT; i++) {
-        delta[i] = delta_of(dt_raw[i], dt_scale, i < left ? bias : NO_STEP);
-        driven[i] = delta[i] * u_of(u_raw[i], u_scale, u_inv_scale) * b_scale;
-        sums[i] = 0.0f;
-        span += delta[i];
-      }
-    }
-    // Opaque, or its sum would be formed again for every state to save a register.
-    asm("" : "+f"(span));
-    // A chunk ends with every fourth lane; the last chunk's state is stored after the last tile.
-    const int chunk = (t0 + lane * SEGMENT) / CHUNK;
-    const bool ends = live && (lane + 1) % (CHUNK / SEGMENT) == 0 && chunk < chunks - 1;
-    float* const chunk_at = ends && chunk_states != nullptr
-                                ? chunk_states + ((static_cast<long long>(batch) * chunks + chunk) * d + c) * n
-                                : nullptr;
-    float* state = A_at;
-    const float *b_now = shared_b + lane * PADDED, *c_now = shared_c + lane * PADDED;
-#pragma unroll 1
-    for (int i_state = 0; i_state < N; i_state++, state++, b_now += ROW, c_now += ROW) {
-      const float A2 = state[0];
-      const float carry = lane == 0 ? state[N] : 0.0f;
-      float decay[SEGMENT], increment[SEGMENT], C_now[SEGMENT];
-      read_segment(b_now, 0, increment);
-      float h = carry;
-#pragma unroll
-      for (int i = 0; i < SEGMENT; i++) {
-        decay[i] = exp2_approx(delta[i] * A2);
-        increment[i] *= driven[i];
-        h = fmaf(decay[i], h, increment[i]);
-      }
-      float P = exp2_approx(span * A2);
-#pragma unroll
-      for (int s = 1; s < LN; s *= 2) {
-        const float P_before = __shfl_up_sync(0xffffffffu, P, s, LN);
-        const float h_before = __shfl_up_sync(0xffffffffu, h, s, LN);
-        h = lane >= s ? fmaf(P, h_before, h) : h;
-        // Also where nothing is before: such a lane is complete, and no lane that is not uses its P again.
-        P *= P_before;
-      }
-      if (chunk_at != nullptr && i_state < n) chunk_at[i_state] = h;
-      __syncwarp();
-      if (lane == LN - 1) state[N] = h;
-      const float h_start = __shfl_up_sync(0xffffffffu, h, 1, LN);
-      h = lane == 0 ? carry : h_start;
-      read_segment(c_now, 0, C_now);
-#pragma unroll
-      for (int i = 0; i < SEGMENT; i++) {
-        h = fmaf(decay[i], h, increment[i]);
-        sums[i] = fmaf(C_now[i], h, sums[i]);
-      }
-    }
-    {
-      typename RawOf<In>::type z_raw[SEGMENT];
-      typename RawOf<U>::type u_raw[SEGMENT];
-      read_segment(shared_z + ch * IN_ROW, lane, z_raw);
-      read_segment(shared_u + ch * U_ROW, lane, u_raw);
-#pragma unroll
-      for (int i = 0; i < SEGMENT; i++) {
-        const float u_now = u_of(u_raw[i], u_scale, u_inv_scale);
-        sums[i] = fmaf(c_scale, sums[i], skip_weight * u_now) * gate(real_of(z_raw[i], z_scale));
-      }
-    }
-    float4* sums_at = reinterpret_cast<float4*>(shared_y + ch * ROW + lane * PADDED);
-#pragma unroll
-    for (int k = 0; k < SEGMENT / 4; k++) {
-      sums_at[k] = make_float4(sums[4 * k], sums[4 * k + 1], sums[4 * k + 2], sums[4 * k + 3]);
-    }
-    __syncthreads();
-    store_channels<LN>(y_at + static_cast<long long>(t0) * d, shared_y, d, l - t0, channels, channels_here);
-  }
-  // Steps behind the end left the state.
-#pragma unroll 1
-  for (int i = lane; i < n && live; i += LN) {
-    store_state(state_out, state_at + i, A_at[N + i], state_inv_scale);
-    if (chunk_states != nullptr) {
-      chunk_states[((static_cast<long long>(batch) * chunks + chunks - 1) * d + c) * n + i] = A_at[N + i];
-    }
-  }
-}
-
 // l = 1. lanes_per_channel is a power of two up to 32; chunk_states has one chunk.
 template <typename In, typename U>
 __global__ void __launch_bounds__(128) selective_scan_step(SCAN_PARAMETERS) {
@@ -366,7 +189,7 @@ __global__ void __launch_bounds__(128) selective_scan_step(SCAN_PARAMETERS) {
   const int q = threadIdx.x & (lanes_per_channel - 1), c_own = index / lanes_per_channel;
   const bool live = c_own < d;
   const int c = live ? c_own : d - 1;
-  const float u_now = u_of(load_raw(u + batch * u_batch + c), u_scale, u_inv_scale);
+  const float u_now = u_of<U>(load_raw(u + batch * u_batch + c), u_scale, u_inv_scale);
   const float delta = delta_of(load_raw(dt + batch * dt_batch + c), dt_scale, dt_bias[c]);
   const float z_now = real_of(load_raw(z + batch * z_batch + c), z_scale);
   const float driven = delta * u_now * b_scale;
@@ -387,5 +210,6 @@ __global__ void __launch_bounds__(128) selective_scan_step(SCAN_PARAMETERS) {
     }
   }
   for (int o = lanes_per_channel / 2; o >= 1; o /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, o);
-  if (live && q == 0) y[static_cast<long long>(batch) * d + c] = fmaf(c_scale, sum, D[c] * u_now) * gate(z_now);
+  const float out = fmaf(c_scale, sum, D[c] * u_now) * gate(z_now);
+  if (live && q == 0) narrow(out, y[static_cast<long long>(batch) * d + c]);
 }

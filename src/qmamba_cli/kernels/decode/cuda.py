@@ -1,0 +1,81 @@
+"""The decode step on CUDA: three kernels a block, chained by programmatic dependent launch."""
+
+from functools import cache
+
+import torch
+
+from qmamba_cli.kernels import _launch
+from qmamba_cli.kernels.decode.pack import PackedBlock
+from qmamba_cli.kernels.decode.plan import DecodePlan, SharedMemory, make_plan
+from qmamba_cli.kernels.decode.steps import DecodeScratch, new_scratch, steps
+from qmamba_cli.kernels.decode.tensors import DecodeState
+
+SOURCE = "decode/decode.cu"
+ENTRIES: tuple[str, ...] = (
+    *(f"decode_in<{bits}, {dynamic}>" for bits in (4, 8) for dynamic in ("false", "true")),
+    "decode_conv",
+    *(f"decode_scan<{tokens}>" for tokens in (1, 2, 4, 8)),
+    "decode_rotate",
+    *(f"decode_out<{bits}, {rotate}>" for bits in (4, 8) for rotate in ("false", "true")),
+    *(f"decode_unpack<{bits}>" for bits in (4, 8)),
+)
+
+
+def make_scratch(packed: PackedBlock, batch: int, plan: DecodePlan | None = None) -> DecodeScratch:
+    """Buffers for every block of the sizes and columns of ``packed``, on its device."""
+    return new_scratch(packed, batch, plan or default_plan(packed, batch))
+
+
+def default_plan(packed: PackedBlock, batch: int) -> DecodePlan:
+    """The plan of a block on the device where it lies."""
+    return make_plan(packed, batch, _shared_memory(packed.device))
+
+
+def decode_block(
+    packed: PackedBlock,
+    residual: torch.Tensor,
+    state: DecodeState,
+    scratch: DecodeScratch,
+    *,
+    plan: DecodePlan | None = None,
+    layer: int = 0,
+) -> None:
+    """One token of one block; `decode.reference.decode_block` on packed weights.
+
+    Launches on torch's current stream and touches only its arguments, so a CUDA graph can capture it.
+
+    Args:
+        packed: the block.
+        residual: (b, d_model) float32, updated in place.
+        state: updated in place.
+        scratch: of `make_scratch` for this batch and plan, shared by all blocks.
+        plan: how to launch, by default `default_plan`.
+        layer: 0, or how many calls with this scratch and residual came directly before this one in the
+            stream, the first of them with layer 0. Such a call takes up the last one's result sooner.
+
+    Raises:
+        ShapeError: an argument is not as above.
+    """
+    plan = plan or default_plan(packed, residual.shape[0])
+    for name, tensor in (("residual", residual), ("state.ssm", state.ssm)):
+        _launch.require_cuda(name, tensor)
+    for step in steps(packed, residual, state, scratch, plan, layer=layer):
+        _launch.launch(
+            SOURCE,
+            step.entry,
+            grid=step.grid,
+            block=(step.threads, 1, 1),
+            args=step.args,
+            device=residual.device,
+            shared_bytes=step.shared_bytes,
+            overlap=plan.overlap,
+        )
+
+
+@cache
+def _shared_memory(device: torch.device) -> SharedMemory:
+    properties = torch.cuda.get_device_properties(device)
+    multiprocessor = properties.shared_memory_per_multiprocessor
+    # The driver keeps 1 KiB of every block; older versions of torch do not tell the limit.
+    block = getattr(properties, "shared_memory_per_block_optin", multiprocessor - 1024)
+    return SharedMemory(multiprocessor=multiprocessor, block=block)

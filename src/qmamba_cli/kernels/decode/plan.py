@@ -1,0 +1,265 @@
+"""How the decode kernels are launched: warps, parts of a row, and how much of the weights is copied ahead.
+
+A kernel's blocks sit beside those of the kernels before it on a multiprocessor and copy their weights
+meanwhile, so the shared memory of decode_in, decode_scan and decode_out should fit together.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qmamba_cli.errors import ShapeError
+from qmamba_cli.kernels.decode.pack import STATES, PackedBlock, PackedMatrix
+from qmamba_cli.kernels.decode.tensors import BLOCKS
+
+WARP = 32
+MAX_WARPS = 20
+MAX_OUT_WARPS = 16
+_TILE = 16
+_UNIT_BYTES = 64  # of one row
+_IN_CONSTANTS = 7
+_TOKEN_PADDING = 32
+# The memory that the driver keeps for each block.
+_RESERVED_BYTES = 1024
+# decode_out reads so far behind a warp's weights.
+_OVERREAD = 1024
+# Channels of one block of decode_rotate.
+ROTATE_WIDTH = 8
+# From this many channels of a thread block on, several sequences of a dynamic conv input gain by counts.
+_COUNTED_FROM = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """One way to launch the kernels; every plan computes the same bits.
+
+    Attributes:
+        in_splits: parts of a row of in_proj, one a warp and tile of 16 rows.
+        in_warps: warps of decode_in, at least tiles times in_splits and one a token.
+        in_room: units of a warp that fit in shared memory at a time.
+        in_slice: units of a warp that are asked for at a time before the block's turn.
+        out_warps: warps of decode_out, one a part of a row.
+        out_room: as in_room.
+        out_slice: as in_slice.
+        rotate_in_out: every block of decode_out turns y itself; else decode_rotate does it once.
+        copies: buffers among which the blocks' sums of x_proj are spread.
+        in_least: bytes of shared memory that a block of decode_in asks for at least; more than half of a
+            multiprocessor's keeps two of them apart. Measured slower; for experiments.
+        out_least: as in_least.
+        overlap: kernels start while the ones before them run.
+        counted: from the second block of a model on, kernels wait for the count of finished blocks of the
+            kernel before, not for its end.
+        shared_squares: decode_out adds up the squares of its part of the residual for the next decode_in.
+    """
+
+    in_splits: int
+    in_warps: int
+    in_room: int
+    in_slice: int
+    out_warps: int
+    out_room: int
+    out_slice: int
+    rotate_in_out: bool
+    copies: int = 1
+    in_least: int = 0
+    out_least: int = 0
+    overlap: bool = True
+    counted: bool = False
+    shared_squares: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedMemory:
+    """Dynamic shared memory in bytes: of a multiprocessor, and of one block at most."""
+
+    multiprocessor: int = 228 * 1024
+    block: int = 227 * 1024
+
+
+def make_plan(
+    packed: PackedBlock,
+    batch: int,
+    memory: SharedMemory | None = None,
+    *,
+    in_warps: int = MAX_WARPS,
+    out_warps: int = MAX_OUT_WARPS,
+    in_slice: int = 0,
+    out_slice: int = 0,
+    max_rotated: int = 2,
+) -> DecodePlan:
+    """A plan for one block and batch size.
+
+    Args:
+        packed: the block; only its sizes count.
+        batch: sequences.
+        memory: shared memory of the device, default that of compute capability 9.0.
+        in_warps: warps of decode_in to aim at.
+        out_warps: warps of decode_out to aim at.
+        in_slice: units a slice; 0 asks for everything at once where it fits, else for W8 units one by one.
+        out_slice: units a slice; 0 asks for everything at once.
+        max_rotated: the largest batch whose tokens every block of decode_out turns itself.
+
+    Raises:
+        ShapeError: a block does not fit in the device's shared memory.
+    """
+    memory = memory or SharedMemory()
+    matrix, out = packed.in_proj, packed.out_proj
+    tiles = -(-matrix.rows // _TILE)
+    # A thread keeps two vectors of four of the residual in registers, which should cover one token.
+    of_norm = -(-packed.d_model // (2 * 4 * WARP))
+    in_splits = _even_parts(matrix.units, max(1, min(in_warps, MAX_WARPS) // tiles))
+    rotate = batch <= max_rotated
+    warps = min(MAX_WARPS, max(tiles * in_splits, batch, of_norm))
+    parts = _even_parts(out.units, max(1, min(out_warps, MAX_OUT_WARPS)))
+    # Every row of decode_out's result has its thread.
+    parts = max(parts, -(-out.rows * batch // WARP))
+    of_in = _Weights(
+        kernel="decode_in",
+        need=-(-matrix.units // in_splits),
+        unit=tiles * in_splits * _TILE * _UNIT_BYTES,
+        fixed=_in_bytes(packed, batch),
+    )
+    of_out = _Weights(
+        kernel="decode_out",
+        need=-(-out.units // parts),
+        unit=parts * out.rows * _UNIT_BYTES,
+        fixed=_out_bytes(packed, batch, rotate=rotate),
+    )
+    matrices = memory.multiprocessor - 2 * _RESERVED_BYTES - _small_bytes(packed, batch, rotate=rotate)
+    in_room, out_room = _rooms(of_in, of_out, matrices, memory)
+    # The rest waits in the second-level cache, for which small messages should not queue.
+    one_by_one = matrix.bits == 8 and in_room < of_in.need
+    return DecodePlan(
+        in_splits=in_splits,
+        in_warps=warps,
+        in_room=in_room,
+        in_slice=in_slice or (1 if one_by_one else in_room),
+        out_warps=parts,
+        out_room=out_room,
+        out_slice=out_slice or out_room,
+        rotate_in_out=rotate,
+        counted=packed.columns.dynamic_input and batch > 2 and packed.hk >= _COUNTED_FROM,
+        shared_squares=batch > 2,
+    )
+
+
+class _Weights(NamedTuple):
+    """A kernel's shared memory: bytes that it needs anyway, and of one unit of each of its warps."""
+
+    kernel: str
+    need: int
+    unit: int
+    fixed: int
+
+    def total(self, room: int) -> int:
+        return self.fixed + room * self.unit
+
+
+def _rooms(of_in: _Weights, of_out: _Weights, matrices: int, memory: SharedMemory) -> tuple[int, int]:
+    """Units of a warp that fit: the same share of each kernel's, then one more where it fits."""
+    free = matrices - of_in.fixed - of_out.fixed
+    share = min(1.0, free / (of_in.need * of_in.unit + of_out.need * of_out.unit))
+    in_room = _room(of_in, share, memory.block)
+    out_room = _room(of_out, share, memory.block)
+    left = free - in_room * of_in.unit - out_room * of_out.unit
+    if in_room < of_in.need and of_in.unit <= left and of_in.total(in_room + 1) <= memory.block:
+        in_room, left = in_room + 1, left - of_in.unit
+    if out_room < of_out.need and of_out.unit <= left and of_out.total(out_room + 1) <= memory.block:
+        out_room += 1
+    return in_room, out_room
+
+
+def _small_bytes(packed: PackedBlock, batch: int, *, rotate: bool) -> int:
+    """Shared memory of the kernels between decode_in and decode_out."""
+    sizes = [scan_bytes(packed, batch)]
+    if packed.columns.dynamic_input:
+        sizes.append(conv_bytes(packed, batch))
+    if not rotate:
+        sizes.append(rotate_bytes(ROTATE_WIDTH))
+    return sum(sizes) + len(sizes) * _RESERVED_BYTES
+
+
+def in_bytes(packed: PackedBlock, batch: int, plan: DecodePlan) -> int:
+    """Dynamic shared memory of decode_in."""
+    tiles = -(-packed.in_proj.rows // _TILE)
+    weights = tiles * plan.in_splits * plan.in_room * _TILE * _UNIT_BYTES
+    return max(plan.in_least, weights + _in_bytes(packed, batch))
+
+
+def conv_bytes(packed: PackedBlock, batch: int) -> int:
+    """Dynamic shared memory of decode_conv."""
+    return _sum(packed.hk * packed.x_rows, _IN_CONSTANTS * packed.hk * 4, batch * packed.hk, batch * 16)
+
+
+def scan_bytes(packed: PackedBlock, batch: int) -> int:
+    """Dynamic shared memory of decode_scan."""
+    tokens = scan_tokens(batch)
+    return _sum(tokens * packed.dt_pieces * 16, tokens * 2 * STATES * 4, tokens * packed.hk * 4)
+
+
+def rotate_bytes(width: int) -> int:
+    """Dynamic shared memory of decode_rotate."""
+    return BLOCKS * (width + 1) * 4
+
+
+def out_bytes(packed: PackedBlock, batch: int, plan: DecodePlan) -> int:
+    """Dynamic shared memory of decode_out."""
+    weights = plan.out_warps * plan.out_room * packed.out_proj.rows * _UNIT_BYTES
+    return max(plan.out_least, weights + _out_bytes(packed, batch, rotate=plan.rotate_in_out))
+
+
+def scan_tokens(batch: int) -> int:
+    """The batch rounded up to a power of two, for which decode_scan has an instance."""
+    return 1 << (batch - 1).bit_length()
+
+
+def _in_bytes(packed: PackedBlock, batch: int) -> int:
+    matrix, hk = packed.in_proj, packed.hk
+    x_weight = 0 if packed.columns.dynamic_input else hk * packed.x_rows
+    return _sum(
+        _multiplier_bytes(matrix),
+        x_weight,
+        _IN_CONSTANTS * hk * 4,
+        batch * (_columns(matrix) + _TOKEN_PADDING),
+        batch * matrix.rows * 4,
+        batch * hk,
+        WARP * 4,
+        8 * 4,
+    )
+
+
+def _out_bytes(packed: PackedBlock, batch: int, *, rotate: bool) -> int:
+    behind = _sum(
+        _multiplier_bytes(packed.out_proj),
+        batch * (packed.d_inner + _TOKEN_PADDING),
+        batch * packed.out_proj.rows * 4,
+        rotate_bytes(packed.hk) if rotate else 0,
+    )
+    return max(behind, _OVERREAD)
+
+
+def _multiplier_bytes(matrix: PackedMatrix) -> int:
+    return 0 if matrix.multipliers is None else matrix.multipliers[0].numel()
+
+
+def _columns(matrix: PackedMatrix) -> int:
+    return matrix.units * (128 if matrix.bits == 4 else 64)
+
+
+def _sum(*sizes: int) -> int:
+    """Arrays of whole 16 bytes, as decode_parts.cuh's Carver cuts them."""
+    return sum(-(-size // 16) * 16 for size in sizes)
+
+
+def _even_parts(units: int, most: int) -> int:
+    """The fewest parts that are as short as ``most`` parts can make them."""
+    return -(-units // -(-units // most))
+
+
+def _room(weights: _Weights, share: float, most: int) -> int:
+    left = most - weights.fixed
+    room = min(max(1, int(weights.need * share)), left // weights.unit)
+    if room < 1:
+        raise ShapeError(
+            f"{weights.kernel}: a block needs {weights.unit} bytes of shared memory for weights, got {left}"
+        )
+    return room

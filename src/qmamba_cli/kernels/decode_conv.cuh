@@ -1,0 +1,83 @@
+// The decode kernel of a dynamic conv input; include decode_parts.cuh first.
+#ifndef QM_DECODE_CONV_CUH
+#define QM_DECODE_CONV_CUH
+
+// Grid: 128 blocks of 256 threads.
+__global__ void __launch_bounds__(256)
+    decode_conv(const float* x,              // (tokens, 128, hk)
+                const float* x_absmax,       // (tokens, 128)
+                const uint4* constants,      // (128, 7, hk) words, as for decode_in
+                const uint4* x_weight,       // (128, hk / 4, x_rows) words
+                signed char* history,        // (tokens, d_inner, taps - 1)
+                const float* history_scale,  // (tokens, taps - 1)
+                float* u_gate,               // (tokens, 128, 2, hk), u out
+                int* x_sums,                 // (copies, tokens, x_rows), added to
+                const int* before, int* mine,  // counters
+                float u_scale, float inv_u_scale, int true_u, int tokens, int hk, int taps, int x_rows, int copies,
+                int full, int late) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  const Turn turn{before, full, mine, late};
+  STAMP(1, 0)
+  announce(turn);
+  Carver carver{shared};
+  unsigned int* shared_x_weight = carver.take<unsigned int>(hk / 4 * x_rows);
+  float* shared_constants = carver.take<float>(IN_CONSTANTS * hk);
+  signed char* u_codes = carver.take<signed char>(tokens * hk);
+  float* scales = carver.take<float>(4 * tokens);  // of each token's taps, newest last
+  copy_block(shared_x_weight, reinterpret_cast<const char*>(x_weight) + blockIdx.x * (hk * x_rows), hk * x_rows);
+  copy_block(shared_constants, reinterpret_cast<const char*>(constants) + blockIdx.x * (IN_CONSTANTS * 4 * hk),
+             IN_CONSTANTS * 4 * hk);
+  commit_copies();
+  auto history_of = [&](int token, int i) {
+    return history + (static_cast<long long>(token) * hk * BLOCKS + blockIdx.x + BLOCKS * i) * (taps - 1);
+  };
+  const int own_token = threadIdx.x / hk, own_i = threadIdx.x - own_token * hk;
+  const bool owns = own_token < tokens;
+
+  await_turn(turn);
+  STAMP(1, 1)
+  float value = owns ? load_fresh(x + (own_token * BLOCKS + blockIdx.x) * hk + own_i) : 0.0f;
+  History past = fetch_history(history_of(own_token, own_i), taps, owns);
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  for (int token = warp; token < tokens; token += blockDim.x / WARP) {
+    const float older = lane < taps - 1 ? load_fresh(history_scale + token * (taps - 1) + lane) : 0.0f;
+    const float newest = token_scale(x_absmax + token * BLOCKS);
+    if (lane == 3) scales[token * 4 + 3] = newest;
+    if (lane < taps - 1) scales[token * 4 + 4 - taps + lane] = older;
+  }
+  wait_for_copies();
+  __syncthreads();
+  const int* conv_taps = reinterpret_cast<const int*>(shared_constants + 4 * hk);
+  const float *conv_scale = shared_constants + 5 * hk, *conv_bias = conv_scale + hk;
+  const UGrid grid{u_scale, inv_u_scale, true_u};
+  for (int item = threadIdx.x; item < tokens * hk; item += blockDim.x) {
+    const int token = token_of(item, hk, tokens), i = item - token * hk;
+    const float* scale = scales + token * 4;
+    signed char* at = history_of(token, i);
+    if (item != static_cast<int>(threadIdx.x)) {
+      value = load_fresh(x + (token * BLOCKS + blockIdx.x) * hk + i);
+      past = fetch_history(at, taps);
+    }
+    const unsigned int code = static_cast<unsigned char>(qm_quantize(value, 1.0f / scale[3]));
+    const unsigned int word = word_of(past, taps) | code << 24;
+    store_history(at, word, taps);
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      if (k >= 4 - taps) {
+        const float tap = qm_i8_to_f32(static_cast<unsigned int>(conv_taps[i]) >> (8 * k));
+        sum += (qm_i8_to_f32(word >> (8 * k)) * scale[k]) * tap;
+      }
+    }
+    hand_on_u(sum * conv_scale[i] + conv_bias[i], grid, u_codes, u_gate, token, i, hk);
+  }
+  __syncthreads();
+  int* copy = x_sums + static_cast<int>(blockIdx.x) % copies * (tokens * x_rows);
+  project(shared_x_weight, u_codes, copy, tokens, hk, x_rows);
+  STAMP(1, 2)
+  hand_on(turn);
+  STAMP(1, 3)
+  end_turn(turn);
+}
+
+#endif

@@ -1,0 +1,232 @@
+// What the decode kernels are made of; include numerics.cuh, decode_ptx.cuh and decode_weights.cuh first.
+#ifndef QM_DECODE_PARTS_CUH
+#define QM_DECODE_PARTS_CUH
+
+constexpr int BLOCKS = 128;  // block j owns the channels j, j + 128, j + 256, ...
+constexpr int STATES = 16;   // of a channel
+constexpr unsigned int ALL_LANES = 0xffffffffu;
+// Words a channel in the constants of decode_in: 2 x row scale, 2 x row bias, taps, conv scale, conv bias.
+constexpr int IN_CONSTANTS = 7;
+// Vectors that a thread keeps in registers between the sum of squares and the product.
+constexpr int KEPT = 2;
+
+// Cuts the dynamic shared memory into arrays of whole 16 bytes; plan.py adds up the same sizes.
+struct Carver {
+  unsigned char* next;
+  template <typename T>
+  __device__ __forceinline__ T* take(int count) {
+    T* start = reinterpret_cast<T*>(next);
+    next += (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
+    return start;
+  }
+};
+
+// The token of an item among `tokens` times `each`; one token needs no division.
+__device__ __forceinline__ int token_of(int item, int each, int tokens) { return tokens == 1 ? 0 : item / each; }
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int distance = WARP / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+  return x;
+}
+
+__device__ __forceinline__ float add_square(float sum, const float4& x) {
+  return fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, fmaf(x.x, x.x, sum))));
+}
+
+__device__ __forceinline__ unsigned int quantized_four(const float4& x, float factor, float inv_scale) {
+  const float v[4] = {x.x * factor, x.y * factor, x.z * factor, x.w * factor};
+  unsigned int word = 0u;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    word |= static_cast<unsigned int>(static_cast<unsigned char>(qm_quantize(v[i], inv_scale))) << (8 * i);
+  }
+  return word;
+}
+
+// Which vectors of four of a token a thread takes, found before the wait for the residual.
+struct NormShare {
+  int token, first, step, vectors;  // no vectors behind the last token
+  int warps;                        // of a token
+};
+__device__ __forceinline__ NormShare norm_share(int tokens, int d_model) {
+  const int warps = blockDim.x / WARP / tokens, warp = threadIdx.x / WARP;
+  const int token = warp / warps;
+  return {token, (warp - token * warps) * WARP + static_cast<int>(threadIdx.x % WARP), warps * WARP,
+          token < tokens ? d_model / 4 : 0, warps};
+}
+struct Kept {
+  float4 vectors[KEPT];
+};
+__device__ __forceinline__ Kept fetch_residual(const float4* row, const NormShare& share) {
+  Kept kept;
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) {
+    const int at = share.first + i * share.step;
+    if (at < share.vectors) kept.vectors[i] = load_fresh(row + at);
+  }
+  return kept;
+}
+
+// RMSNorm of every token to int8 codes; `partial` holds one float a warp. Needs at least as many warps as tokens.
+// `squares` (tokens, 128) are the blocks' shares of the sum of squares, or null where it is taken here.
+__device__ __forceinline__ void normalize(const float4* row, const Kept& kept, const float* squares,
+                                          const NormShare& share, signed char* codes, float* partial, int tokens,
+                                          int d_model, int stride, float eps, float inv_scale) {
+  const int lane = threadIdx.x % WARP;
+  float sum = 0.0f;
+  if (squares != nullptr) {
+    if (share.token < tokens) {
+      const float4 four = load_fresh(reinterpret_cast<const float4*>(squares) + share.token * (BLOCKS / 4) + lane);
+      sum = (four.x + four.y) + (four.z + four.w);
+    }
+    sum = warp_sum(sum);
+  } else {
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+      if (share.first + i * share.step < share.vectors) sum = add_square(sum, kept.vectors[i]);
+    }
+#pragma unroll 4
+    for (int at = share.first + KEPT * share.step; at < share.vectors; at += share.step) {
+      sum = add_square(sum, load_fresh(row + at));
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) partial[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    sum = warp_sum(share.token < tokens && lane < share.warps ? partial[share.token * share.warps + lane] : 0.0f);
+  }
+  const float factor = 1.0f / sqrtf(sum / static_cast<float>(d_model) + eps);
+  unsigned int* words = reinterpret_cast<unsigned int*>(codes + share.token * stride);
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) {
+    const int at = share.first + i * share.step;
+    if (at < share.vectors) words[at] = quantized_four(kept.vectors[i], factor, inv_scale);
+  }
+#pragma unroll 4
+  for (int at = share.first + KEPT * share.step; at < share.vectors; at += share.step) {
+    words[at] = quantized_four(load_fresh(row + at), factor, inv_scale);
+  }
+}
+
+// The last inputs of a channel's convolution, still apart, so that nothing waits for them yet.
+struct History {
+  signed char values[3];
+};
+__device__ __forceinline__ History fetch_history(const signed char* from, int taps, bool wanted = true) {
+  History past;
+#pragma unroll
+  for (int k = 0; k < 3; k++) past.values[k] = wanted && k < taps - 1 ? load_fresh(from + k) : 0;
+  return past;
+}
+// As the low bytes of a word, the place of the newest (byte 3) empty.
+__device__ __forceinline__ unsigned int word_of(const History& past, int taps) {
+  unsigned int word = 0u;
+#pragma unroll
+  for (int k = 0; k < 3; k++) {
+    if (k < taps - 1) {
+      word |= static_cast<unsigned int>(static_cast<unsigned char>(past.values[k])) << (8 * (4 - taps + k));
+    }
+  }
+  return word;
+}
+__device__ __forceinline__ void store_history(signed char* to, unsigned int word, int taps) {
+#pragma unroll
+  for (int k = 0; k < 3; k++) {
+    if (k < taps - 1) to[k] = static_cast<signed char>(word >> (8 * (5 - taps + k)));
+  }
+}
+
+// Adds this block's columns of x_proj to sums (tokens, rows) in global memory. Weight (hk / 4, rows) words of four
+// channels and codes (tokens, hk) lie in shared memory.
+__device__ __forceinline__ void project(const unsigned int* weight, const signed char* codes, int* sums, int tokens,
+                                        int hk, int rows) {
+  for (int item = threadIdx.x; item < tokens * rows; item += blockDim.x) {
+    const int token = token_of(item, rows, tokens), row = item - token * rows;
+    const int* four = reinterpret_cast<const int*>(codes + token * hk);
+    int sum = 0;
+#pragma unroll 5
+    for (int k = 0; k < hk / 4; k++) sum = __dp4a(static_cast<int>(weight[k * rows + row]), four[k], sum);
+    atomicAdd(sums + item, sum);
+  }
+}
+
+// How SiLU's output becomes u: q = quantize(v), and for the scan v itself (true_u) or q's value.
+struct UGrid {
+  float scale, inv_scale;
+  int true_u;
+};
+
+// u of channel i from the convolution's sum a. Codes (tokens, hk); u_gate (tokens, 128, 2, hk), u first.
+__device__ __forceinline__ void hand_on_u(float a, const UGrid& grid, signed char* codes, float* u_gate, int token,
+                                          int i, int hk) {
+  const float v = qm_silu(a);
+  const signed char code = qm_quantize(v, grid.inv_scale);
+  codes[token * hk + i] = code;
+  u_gate[(token * BLOCKS + blockIdx.x) * 2 * hk + i] = grid.true_u ? v : qm_dequantize(code, grid.scale);
+}
+
+// The scale of a token's x from the 128 blocks' largest values, by one warp; the same in every lane.
+__device__ __forceinline__ float token_scale(const float* absmax) {
+  const float4 four = load_fresh(reinterpret_cast<const float4*>(absmax) + threadIdx.x % WARP);
+  float largest = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
+#pragma unroll
+  for (int distance = WARP / 2; distance > 0; distance /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
+  }
+  return fmaxf(largest, 1e-5f) / 127.0f;
+}
+
+template <int SIZE>
+__device__ __forceinline__ void sylvester(float (&v)[SIZE]) {
+#pragma unroll
+  for (int distance = 1; distance < SIZE; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < SIZE; i++) {
+      if ((i & distance) == 0) {
+        const float low = v[i], high = v[i + distance];
+        v[i] = low + high;
+        v[i + distance] = low - high;
+      }
+    }
+  }
+}
+
+// Sixteen blocks of one vector: where a thread starts to turn, found before the wait for y.
+struct Sixteen {
+  int high, i;
+};
+__device__ __forceinline__ Sixteen sixteen_of(int item, int width) {
+  const int high = item / width;
+  return {high, item - high * width};
+}
+
+// S_128 over the blocks j of the vectors first ... first + width - 1 of one token, then the int8 grid:
+// y (128, hk) to codes (hk, 128). `scratch` holds 128 (width + 1) floats; `own` is sixteen_of(threadIdx.x, width).
+__device__ __forceinline__ void rotate_blocks(const float* y, signed char* codes, float* scratch, int hk, int first,
+                                              int width, float factor, Sixteen own) {
+  const int pitch = width + 1;
+#pragma unroll 1
+  for (int item = threadIdx.x; item < 8 * width; item += blockDim.x) {
+    if (item != static_cast<int>(threadIdx.x)) own = sixteen_of(item, width);
+    const float* from = y + own.high * 16 * hk + first + own.i;
+    float v[16];
+#pragma unroll
+    for (int j = 0; j < 16; j++) v[j] = load_fresh(from + j * hk);
+    sylvester<16>(v);
+    float* to = scratch + own.high * 16 * pitch + own.i;
+#pragma unroll
+    for (int j = 0; j < 16; j++) to[j * pitch] = v[j];
+  }
+  __syncthreads();
+  for (int item = threadIdx.x; item < 16 * width; item += blockDim.x) {
+    const int low = item % 16, i = item / 16;
+    float v[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = scratch[(j * 16 + low) * pitch + i];
+    sylvester<8>(v);
+#pragma unroll
+    for (int j = 0; j < 8; j++) codes[(first + i) * BLOCKS + j * 16 + low] = qm_round_saturate(v[j] * factor);
+  }
+}
+
+#endif
