@@ -13,6 +13,7 @@ import typer
 from qmamba_cli import __version__, console
 from qmamba_cli.commands import COMMANDS
 from qmamba_cli.errors import QmambaError, UsageError
+from qmamba_cli.progress import listen
 from qmamba_cli.views.problems import problem_of
 
 EXIT_INTERRUPTED = 130
@@ -68,6 +69,7 @@ def main() -> NoReturn:
 
 
 def _exit_code() -> int:
+    listen(console.note)
     try:
         # Some versions of the parser answer an interrupt with this code themselves, others raise.
         code = int(app(prog_name="qmamba", standalone_mode=False) or 0)

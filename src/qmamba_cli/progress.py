@@ -23,3 +23,18 @@ def silent(description: str, total: int) -> Iterator[Advance]:  # noqa: ARG001 (
         return None
 
     yield advance
+
+
+_LISTENERS: list[Callable[[str], None]] = []
+
+
+def listen(tell: Callable[[str], None]) -> None:
+    """Have lines for people told to ``tell``, once for each call of `notice`."""
+    if tell not in _LISTENERS:
+        _LISTENERS.append(tell)
+
+
+def notice(text: str) -> None:
+    """One line for people from where no progress line is open, as when kernels are compiled at first use."""
+    for tell in _LISTENERS:
+        tell(text)

@@ -54,7 +54,7 @@ def test_a_low_temperature_is_greedy(demo):
 def test_tokens_come_as_they_are_made(small):
     calls, inner = [], small.model("fp")
     forward = inner.forward
-    inner.forward = lambda *args: calls.append(args[0].shape[1]) or forward(*args)
+    inner.forward = lambda *args, **options: calls.append(args[0].shape[1]) or forward(*args, **options)
     stream = generate(inner, prompt_of(small), max_new_tokens=3)
     assert calls == []
     for made in (1, 2, 3):

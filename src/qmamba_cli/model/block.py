@@ -1,8 +1,8 @@
 """One Mamba block, written once and driven by the columns of a mode.
 
 Whether a tensor between two operators is int8 or float follows from its scale: a site without a scale (the
-float model) stays float32. The three things a mode chooses are each decided in one place: `_conv_input`, the
-conv's output grid with path A and path B, and the scan.
+float model) stays float32, or 16 bits where the weights have them. The three things a mode chooses are each
+decided in one place: `_conv_input`, the conv's output grid with path A and path B, and the scan.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.model.weights import BlockWeights, LinearWeights
 from qmamba_cli.modes import ConvInput, ConvOutput, Mode, ScanReads, ScanU, State
 
-# Called as hook(site, tensor) with each observed tensor, samples along dim 0; looking changes nothing.
+# Called as hook(site, tensor) with each observed tensor, samples along dim 0; looking changes nothing, and a
+# hook that writes into the tensor changes what the float model computes from it.
 Hook: TypeAlias = Callable[[str, torch.Tensor], None]
 
 
@@ -63,7 +64,9 @@ def block_forward(
     Source: Gu and Dao, "Mamba" (2023), figure 3; the grids are those of docs/numerics.md.
     """
     scales = weights.scales
-    normed = ops.rms_norm(residual, weights.norm, eps=norm_eps, out_scale=scales.in_proj_input)
+    normed = ops.rms_norm(
+        residual, weights.norm, eps=norm_eps, out_scale=scales.in_proj_input, out_dtype=weights.half
+    )
     hook(sites.IN_PROJ_INPUT, normed)
 
     x, x_scale, z = _conv_input(weights, mode, ops, normed, hook)
@@ -121,8 +124,8 @@ def block_forward(
 
     rotated = ops.hadamard(scan.y, out_scale=scales.out_proj_input) if weights.rotated else scan.y
     hook(sites.OUT_PROJ_INPUT, rotated)
-    out = _linear(ops, rotated, weights.out_proj, scales.out_proj_input, None)
-    return residual + out, BlockState(conv_state, scan.state)
+    residual = _linear(ops, rotated, weights.out_proj, scales.out_proj_input, None, residual=residual)
+    return residual, BlockState(conv_state, scan.state)
 
 
 def _conv_input(
@@ -131,22 +134,48 @@ def _conv_input(
     """in_proj and its split: the conv's input with its scale, and z; all (b, d, l)."""
     scales = weights.scales
     d = weights.D.shape[0]
-    fused = mode.conv_input is ConvInput.STATIC
-    xz = _linear(ops, normed, weights.in_proj, scales.in_proj_input, scales.in_proj_output if fused else None)
-    hook(sites.IN_PROJ_OUTPUT, xz)
-    x, z = torch.split_with_sizes(xz.transpose(1, 2), [d, d], dim=1)
     match mode.conv_input:
         case ConvInput.STATIC | ConvInput.FP32:
+            fused = mode.conv_input is ConvInput.STATIC
+            out_scale = scales.in_proj_output if fused else None
+            xz = _linear(ops, normed, weights.in_proj, scales.in_proj_input, out_scale)
+            hook(sites.IN_PROJ_OUTPUT, xz)
+            x, z = torch.split_with_sizes(xz.transpose(1, 2), [d, d], dim=1)
             return x, scales.in_proj_output, z
         case ConvInput.DYNAMIC:
-            q, token_scale = ops.quantize_per_token(x)
             z_scale = scales.in_proj_output
-            return q, token_scale, z if z_scale is None else ops.quantize(z, z_scale)
+            assert z_scale is not None, "a mode with a dynamic scale has quantized weights"
+            in_proj = weights.in_proj
+            x, z = ops.linear_split(
+                normed,
+                in_proj.weight,
+                in_proj.bias,
+                split=d,
+                x_scale=scales.in_proj_input,
+                weight_scale=in_proj.scale,
+                out_scale=z_scale,
+            )
+            if hook is not _no_hook:
+                hook(sites.IN_PROJ_OUTPUT, torch.cat([x, ops.dequantize(z, z_scale)], dim=-1))
+            q, token_scale = ops.quantize_per_token(x.transpose(1, 2))
+            return q, token_scale, z.transpose(1, 2)
 
 
 def _linear(
-    ops: Backend, x: torch.Tensor, weights: LinearWeights, x_scale: float | None, out_scale: float | None
+    ops: Backend,
+    x: torch.Tensor,
+    weights: LinearWeights,
+    x_scale: float | None,
+    out_scale: float | None,
+    *,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return ops.linear(
-        x, weights.weight, weights.bias, x_scale=x_scale, weight_scale=weights.scale, out_scale=out_scale
+        x,
+        weights.weight,
+        weights.bias,
+        x_scale=x_scale,
+        weight_scale=weights.scale,
+        out_scale=out_scale,
+        residual=residual,
     )

@@ -1,13 +1,44 @@
-"""Generation through the decode path of a mode: one prefill, then one-token steps with carried state."""
+"""Generation through the decode path of a mode: one prompt, then one-token steps with carried state."""
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from qmamba_cli.errors import UsageError
+from qmamba_cli.model.decode import Decoder
 from qmamba_cli.model.mamba import Mamba
+
+# Steps that a GPU is given before the host waits for a token: enough to cover what the host does with it.
+_STEPS_AHEAD = 8
+
+# Waits for tokens that were asked for earlier and returns them.
+_Wait: TypeAlias = Callable[[], list[int]]
+
+
+@dataclass(slots=True)
+class GenerationTimes:
+    """How long a generation took, as its reader saw it.
+
+    Attributes:
+        first_token_s: from the prompt to the first token, seconds; preparing is left out.
+        decode_s: from the first to the last token, seconds.
+        steps: tokens after the first.
+    """
+
+    first_token_s: float = 0.0
+    decode_s: float = 0.0
+    steps: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second after the first one; 0 where there was only one."""
+        return self.steps / self.decode_s if self.decode_s > 0 else 0.0
 
 
 def generate(
@@ -19,6 +50,7 @@ def generate(
     seed: int = 0,
     eos_id: int | None = None,
     vocab_size: int | None = None,
+    times: GenerationTimes | None = None,
 ) -> Iterator[int]:
     """Continue one prompt, token by token, as each becomes known.
 
@@ -27,9 +59,10 @@ def generate(
         prompt: token ids, at least one.
         max_new_tokens: how many tokens to make at most.
         temperature: 0 takes the most likely token; above it, logits are divided by it and sampled.
-        seed: of the sampling; the same arguments give the same tokens.
+        seed: of the sampling; the same arguments give the same tokens on the same device.
         eos_id: the token that ends the text and is not returned, or None.
         vocab_size: ids from here on are padding of the vocabulary and are never made, or None.
+        times: filled in as tokens are made, if given.
 
     Yields:
         One token id at a time.
@@ -41,15 +74,89 @@ def generate(
         raise UsageError("the prompt has no tokens, expected at least one")
     if max_new_tokens < 1:
         raise UsageError(f"`--max-new-tokens` must be at least 1, got {max_new_tokens}")
-    sampler = torch.Generator().manual_seed(seed)
-    hidden, state = model.forward(torch.tensor([list(prompt)], dtype=torch.int64))
-    for made in range(max_new_tokens):
-        token = _pick(model.logits(hidden[:, -1]), temperature, sampler, vocab_size)
-        if token.item() == eos_id:
+    decoder = Decoder(model, 1, vocab_size=vocab_size)
+    if max_new_tokens > 1:
+        decoder.prepare(temperature)
+    ids = torch.tensor([list(prompt)], dtype=torch.int64)
+    rows = decode_tokens(
+        decoder, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, times=times
+    )
+    for (token,) in rows:
+        if token == eos_id:
             return
-        yield int(token.item())
-        if made + 1 < max_new_tokens:
-            hidden, state = model.forward(token.unsqueeze(1), state)
+        yield token
+
+
+def decode_tokens(
+    decoder: Decoder,
+    ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    times: GenerationTimes | None = None,
+) -> Iterator[list[int]]:
+    """Continue a batch of prompts; on a GPU the host runs behind the device and never holds it up.
+
+    A reader that stops early leaves a few steps behind that nobody reads.
+
+    Args:
+        decoder: of the batch size of ``ids``.
+        ids: (b, l) int64.
+        max_new_tokens: tokens a row, at least 1.
+        temperature: as for `generate`.
+        seed: as for `generate`.
+        times: filled in as tokens are made, if given.
+
+    Yields:
+        The next token of every row.
+    """
+    ahead = _STEPS_AHEAD if decoder.device.type == "cuda" else 0
+    times = GenerationTimes() if times is None else times
+    reader = _TokenReader(decoder.device, decoder.batch, ahead + 1)
+    begin = time.perf_counter()
+    pending: deque[_Wait] = deque([reader.ask(decoder.start(ids, temperature=temperature, seed=seed))])
+    made, first = 1, 0.0
+    while pending or made < max_new_tokens:
+        while made < max_new_tokens and len(pending) <= ahead:
+            pending.append(reader.ask(decoder.step()))
+            made += 1
+        tokens = pending.popleft()()
+        now = time.perf_counter()
+        if not first:
+            first = now
+            times.first_token_s = now - begin
+        else:
+            times.steps += 1
+            times.decode_s = now - first
+        yield tokens
+
+
+class _TokenReader:
+    """Brings tokens to the host without waiting for them at once."""
+
+    def __init__(self, device: torch.device, batch: int, slots: int) -> None:
+        self._events = []
+        if device.type == "cuda":
+            self._slots = [torch.empty(batch, dtype=torch.int64, pin_memory=True) for _ in range(slots)]
+            self._events = [torch.cuda.Event() for _ in range(slots)]  # type: ignore[no-untyped-call]
+        self._asked = 0
+
+    def ask(self, tokens: torch.Tensor) -> _Wait:
+        """Have (b,) tokens copied; a slot is used again after as many questions as there are slots."""
+        if not self._events:
+            values: list[int] = tokens.tolist()
+            return lambda: values
+        slot = self._asked % len(self._slots)
+        self._asked += 1
+        self._slots[slot].copy_(tokens, non_blocking=True)
+        self._events[slot].record()
+
+        def wait() -> list[int]:
+            self._events[slot].synchronize()
+            return list(self._slots[slot].tolist())
+
+        return wait
 
 
 def sample_sequences(
@@ -61,30 +168,16 @@ def sample_sequences(
         model: the model in its mode.
         start: (b,) ids that the sequences begin after.
         length: tokens to sample; the start token is not one of them.
-        seed: of the sampling; the same arguments give the same tokens.
+        seed: of the sampling; the same arguments give the same tokens on the same device.
         vocab_size: as for `generate`.
 
     Returns:
         (b, length) int64.
     """
-    sampler = torch.Generator().manual_seed(seed)
-    tokens = torch.empty(len(start), length, dtype=torch.int64)
-    current, state = torch.from_numpy(start), None
+    decoder = Decoder(model, len(start), vocab_size=vocab_size)
+    tokens = torch.empty(len(start), length, dtype=torch.int64, device=decoder.device)
+    begin = torch.from_numpy(start).unsqueeze(1)
     for position in range(length):
-        hidden, state = model.forward(current.unsqueeze(1), state)
-        current = _pick(model.logits(hidden[:, -1]), 1.0, sampler, vocab_size)
-        tokens[:, position] = current
-    return tokens.numpy()
-
-
-def _pick(
-    logits: torch.Tensor, temperature: float, sampler: torch.Generator, vocab_size: int | None
-) -> torch.Tensor:
-    """(b, V) logits to (b,) token ids."""
-    if temperature < 0:
-        raise UsageError(f"`--temperature` must be >= 0, got {temperature}")
-    known = logits[:, :vocab_size].float().cpu()
-    if temperature == 0:
-        return known.argmax(dim=-1)
-    probabilities = torch.softmax(known / temperature, dim=-1)
-    return torch.multinomial(probabilities, 1, generator=sampler).squeeze(1)
+        made = decoder.step() if position else decoder.start(begin, temperature=1.0, seed=seed)
+        tokens[:, position] = made
+    return tokens.cpu().numpy()

@@ -1,6 +1,7 @@
 """The language model: embedding, blocks, final norm, head; prefill and one-token steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -9,7 +10,7 @@ from qmamba_cli import sites
 from qmamba_cli.errors import UsageError
 from qmamba_cli.kernels.backend import Backend
 from qmamba_cli.model.block import BlockState, block_forward
-from qmamba_cli.model.weights import ModelWeights, on_device
+from qmamba_cli.model.weights import BlockWeights, ModelWeights, on_device
 from qmamba_cli.modes import Mode, Precision
 
 # One entry a layer.
@@ -41,9 +42,19 @@ class Mamba:
         self.config = weights.config
         self.vocab_size = weights.config.vocab_size
 
+    def replace_block(self, layer: int, weights: BlockWeights) -> None:
+        """Give a layer weights of the same function in another form; nothing else of the model changes."""
+        blocks = self.weights.blocks
+        self.weights = replace(self.weights, blocks=(*blocks[:layer], weights, *blocks[layer + 1 :]))
+
     @torch.inference_mode()
     def forward(
-        self, ids: torch.Tensor, state: ModelState | None = None, *, hook: ModelHook | None = None
+        self,
+        ids: torch.Tensor,
+        state: ModelState | None = None,
+        *,
+        hook: ModelHook | None = None,
+        blocks: Iterable[BlockWeights] | None = None,
     ) -> tuple[torch.Tensor, ModelState]:
         """Run tokens through every block and the final norm.
 
@@ -54,13 +65,18 @@ class Mamba:
             ids: (b, l) int64, l >= 1, on any device.
             state: from the call before, or None at the start of a sequence.
             hook: sees every observed tensor under its site key.
+            blocks: the layers' weights in another form, each asked for when its turn comes; the model's own
+                if left out.
 
         Returns:
             hidden (b, l, d_model) float32, what lm_head reads, and the new state.
         """
-        residual = self.weights.embedding[ids.to(self.backend.device)]
+        ends, ids = self.weights, ids.to(self.backend.device)
+        residual = self.backend.embedding(ids, ends.embedding, ends.embedding_scale)
+        if ends.rotate_ends:
+            residual = self.backend.hadamard(residual)
         new_state = []
-        for layer, weights in enumerate(self.weights.blocks):
+        for layer, weights in enumerate(self.weights.blocks if blocks is None else blocks):
             options = {} if hook is None else {"hook": _layer_hook(hook, layer)}
             residual, block_state = block_forward(
                 weights,
@@ -72,7 +88,9 @@ class Mamba:
                 **options,
             )
             new_state.append(block_state)
-        hidden = self.backend.rms_norm(residual, self.weights.norm_f, eps=self.config.norm_eps)
+        # Where the head is in another basis, the norm's weight belongs to it.
+        norm_f = None if ends.rotate_ends else ends.norm_f
+        hidden = self.backend.rms_norm(residual, norm_f, eps=self.config.norm_eps)
         if hook is not None:
             hook(sites.site_key(sites.LM_HEAD_INPUT, None), hidden)
         return hidden, new_state
@@ -85,7 +103,13 @@ class Mamba:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary logits: (..., d_model) float32 to (..., vocab_size) float32."""
         head = self.weights.lm_head
-        return self.backend.linear(hidden, head.weight, head.bias)
+        if self.weights.rotate_ends:
+            hidden = self.backend.unrotate(hidden, self.weights.norm_f)
+        if self.mode.precision is Precision.FP32 and isinstance(head.weight, torch.Tensor):
+            # A model in half precision computes its logits in it.
+            hidden = hidden.to(head.weight.dtype)
+        y = self.backend.linear(hidden, head.weight, head.bias, weight_scale=head.scale)
+        return y.to(torch.float32)
 
 
 def _layer_hook(hook: ModelHook, layer: int) -> Callable[[str, torch.Tensor], None]:

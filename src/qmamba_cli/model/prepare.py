@@ -11,6 +11,7 @@ runs.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -35,7 +36,7 @@ def rotate_inputs(weight: torch.Tensor, gamma: torch.Tensor | None = None) -> to
     Returns:
         (m, k) float32.
     """
-    out = torch.empty(weight.shape, dtype=torch.float32)
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for start in range(0, weight.shape[0], _ROWS):
         rows = weight[start : start + _ROWS].to(torch.float64)
         if gamma is not None:
@@ -95,23 +96,68 @@ def float_ends(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Embedding, final norm and head of the float model: ``(embedding, norm_f or None, lm_head)``, float32.
 
-    A tied head is untied: rotated, the two differ by the final norm's weight.
+    A tied head is untied where it is rotated: the two then differ by the final norm's weight.
     """
     embedding = load("backbone.embeddings.weight")
     gamma = load("backbone.norm_f.weight")
-    head = embedding if config.tie_embeddings else load("lm_head.weight")
     if not rotate:
-        return embedding.to(torch.float32), gamma.to(torch.float32), head.to(torch.float32)
+        real = embedding.to(torch.float32)
+        return (
+            real,
+            gamma.to(torch.float32),
+            real if config.tie_embeddings else load("lm_head.weight").to(torch.float32),
+        )
+    head = embedding if config.tie_embeddings else load("lm_head.weight")
     return rotate_inputs(embedding), None, rotate_inputs(head, gamma)
 
 
-def float_model(config: MambaConfig, load: Load, *, rotate: bool = True) -> ModelWeights:
-    """The float model, rotated or as it was trained; both compute the same function."""
-    embedding, norm_f, head = float_ends(config, load, rotate=rotate)
+def float_model(
+    config: MambaConfig,
+    load: Load,
+    *,
+    rotate: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> ModelWeights:
+    """The float model, rotated or as it was trained; both compute the same function.
+
+    Args:
+        config: sizes.
+        load: reads a checkpoint tensor by name.
+        rotate: fold the norms and rotate; False keeps the trained basis, and a tied head shares its table.
+        dtype: of the projections, the embedding and the head; the rest, and the residual, stay float32.
+        device: where each tensor is prepared and stays, or None for where it is read to.
+    """
+
+    def read(name: str) -> torch.Tensor:
+        return load(name) if device is None else load(name).to(device)
+
+    embedding, norm_f, head = float_ends(config, read, rotate=rotate)
+    shared = head is embedding
+    embedding = embedding.to(dtype)
     return ModelWeights(
         config=config,
         embedding=embedding,
-        blocks=tuple(float_block(config, load, layer, rotate=rotate) for layer in range(config.n_layer)),
+        blocks=tuple(
+            _in_dtype(float_block(config, read, layer, rotate=rotate), dtype)
+            for layer in range(config.n_layer)
+        ),
         norm_f=norm_f,
-        lm_head=LinearWeights(head),
+        lm_head=LinearWeights(embedding if shared else head.to(dtype)),
+    )
+
+
+def _in_dtype(block: BlockWeights, dtype: torch.dtype) -> BlockWeights:
+    """The block with the matrices of its projections in another float dtype."""
+
+    def cast(linear: LinearWeights) -> LinearWeights:
+        assert isinstance(linear.weight, torch.Tensor)
+        return replace(linear, weight=linear.weight.to(dtype))
+
+    return replace(
+        block,
+        in_proj=cast(block.in_proj),
+        x_proj=cast(block.x_proj),
+        dt_proj=cast(block.dt_proj),
+        out_proj=cast(block.out_proj),
     )

@@ -8,6 +8,9 @@ import torch
 
 from qmamba_cli import sites
 from qmamba_cli.config import MambaConfig
+from qmamba_cli.kernels.linear.interleaved import Weight, expanded
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +18,20 @@ class LinearWeights:
     """One projection.
 
     Attributes:
-        weight: (m, k) float32, or int8 with ``scale`` (a W4 weight is expanded: code times group multiplier).
+        weight: (m, k) float32, float16 or bfloat16; or int8 with ``scale``; a W4 matrix is int8, expanded,
+            code times group multiplier, or as it was packed, in the file or for decoding.
         scale: (m,) float32, real units a step of each row, or None.
         bias: (m,) float32, or None.
     """
 
-    weight: torch.Tensor
+    weight: Weight
     scale: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The weight as a (m, k) tensor; a packed one is expanded anew each time."""
+        return expanded(self.weight)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +94,13 @@ class BlockWeights:
     rotated: bool
     scales: SiteScales
 
+    @property
+    def half(self) -> torch.dtype | None:
+        """The 16-bit dtype that the block computes in, or None."""
+        weight = self.in_proj.weight
+        half = isinstance(weight, torch.Tensor) and weight.dtype in HALF_DTYPES
+        return weight.dtype if half and isinstance(weight, torch.Tensor) else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelWeights:
@@ -92,10 +108,15 @@ class ModelWeights:
 
     Attributes:
         config: sizes.
-        embedding: (vocab_size, d_model) float32.
+        embedding: (vocab_size, d_model) float32, float16 or bfloat16, or int8 with ``embedding_scale``.
         blocks: one entry a layer.
         norm_f: (d_model,) float32, or None where lm_head has absorbed it.
-        lm_head: (vocab_size, d_model) float32.
+        lm_head: (vocab_size, d_model); the embedding's own tensors where the head is tied and both are in one
+            basis.
+        embedding_scale: (vocab_size,) float32, or None.
+        rotate_ends: whether embedding and lm_head are in the trained basis while the blocks are rotated: what
+            is read from the table is then rotated as the model runs, what lm_head reads is rotated back, and
+            ``norm_f`` is applied there.
     """
 
     config: MambaConfig
@@ -103,23 +124,28 @@ class ModelWeights:
     blocks: tuple[BlockWeights, ...]
     norm_f: torch.Tensor | None
     lm_head: LinearWeights
+    embedding_scale: torch.Tensor | None = None
+    rotate_ends: bool = False
 
 
 W = TypeVar("W", LinearWeights, BlockWeights, ModelWeights)
 
 
 def on_device(weights: W, device: torch.device) -> W:
-    """The same weights with every tensor on ``device``; tensors that are there already are shared."""
-    moved: W = _moved(weights, device)
+    """The same weights with every tensor on ``device``.
+
+    Tensors that are there already are shared, and one that serves twice is moved once.
+    """
+    moved: W = _moved(weights, device, {})
     return moved
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device, done: dict[int, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return done.setdefault(id(value), value.to(device))
     if isinstance(value, tuple):
-        return tuple(_moved(item, device) for item in value)
+        return tuple(_moved(item, device, done) for item in value)
     if is_dataclass(value) and not isinstance(value, type | MambaConfig):
-        changed = {field.name: _moved(getattr(value, field.name), device) for field in fields(value)}
+        changed = {field.name: _moved(getattr(value, field.name), device, done) for field in fields(value)}
         return replace(value, **changed)
     return value

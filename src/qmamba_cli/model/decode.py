@@ -1,0 +1,178 @@
+"""One-token steps of a fixed batch: on a GPU one replay a token, from the embedding to the sampled token."""
+
+from typing import Protocol
+
+import torch
+
+from qmamba_cli.errors import UsageError
+from qmamba_cli.model.dense import dense_model
+from qmamba_cli.model.fused import FusedStepper, cuda_blocks, unsupported
+from qmamba_cli.model.graphs import CudaGraphs, Recorder, Replayed
+from qmamba_cli.model.mamba import Mamba, ModelState
+from qmamba_cli.model.prefill import Prefill
+from qmamba_cli.model.state import assign, on_grid
+
+
+class Stepper(Protocol):
+    """One token a row through every layer, with the state in tensors of its own at fixed addresses.
+
+    This is where a fused decode step plugs in; `ModelStepper` takes the general path. Both methods may be
+    recorded after they have run once.
+    """
+
+    def load(self, state: ModelState) -> None:
+        """Take over the state after a prompt, on the grid of the mode."""
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(b, 1) int64 token ids to (b, d_model), what lm_head reads; moves the state on."""
+
+
+class ModelStepper:
+    """A step as a call of the model with one token.
+
+    Args:
+        model: the model in its mode.
+    """
+
+    def __init__(self, model: Mamba) -> None:
+        self._model = model
+        self._state: ModelState | None = None
+
+    def load(self, state: ModelState) -> None:
+        """Take over a state: the first one's tensors become the stepper's own."""
+        if self._state is None:
+            self._state = state
+        else:
+            assign(self._state, state)
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """One call with l = 1."""
+        assert self._state is not None
+        hidden, state = self._model.forward(tokens, self._state)
+        assign(self._state, state)
+        return hidden[:, -1]
+
+
+class Decoder:
+    """Prompts and their continuation, token by token, for one model and batch size.
+
+    Tokens stay on the device: each step reads the tokens of the one before. On a GPU a step is recorded as
+    one CUDA graph, and neither `start` nor `step` waits for the device.
+
+    A fused step packs the model's large matrices anew, and the packed ones take their place in the model.
+    The general step of a batch on a GPU has a copy of them, expanded to one byte a weight, where half of the
+    free memory holds it.
+
+    Args:
+        model: the model in its mode.
+        batch: rows.
+        vocab_size: ids from here on are padding of the vocabulary and are never made, or None.
+        recorder: records the steps; `CudaGraphs` on a GPU and none on a CPU if left out.
+        stepper: how a step is computed; the fused step where there is one, else `ModelStepper`, if left out.
+        part_length: as ``longest`` of `Prefill`.
+    """
+
+    def __init__(
+        self,
+        model: Mamba,
+        batch: int,
+        *,
+        vocab_size: int | None = None,
+        recorder: Recorder | None = None,
+        stepper: Stepper | None = None,
+        part_length: int | None = None,
+    ) -> None:
+        self.device = model.backend.device
+        if recorder is None and self.device.type == "cuda":
+            recorder = CudaGraphs(self.device)
+        self.batch = batch
+        fused = stepper is None and unsupported(model, batch) is None
+        if stepper is None and not fused and self.device.type == "cuda":
+            model = dense_model(model)
+        self._model = model
+        self._vocab_size = vocab_size
+        self._recorder = recorder
+        # Before the prefill, which shares the model's weights: packing replaces them.
+        self._stepper = stepper or (
+            FusedStepper(model, cuda_blocks(model, batch)) if fused else ModelStepper(model)
+        )
+        self._prefill = Prefill(model, batch, recorder, part_length)
+        self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+        self._temperature = torch.ones(1, device=self.device)
+        self._generator = torch.Generator(self.device)
+        self._sampled = False
+        self._prompt_state: ModelState | None = None
+        self._load = Replayed(self._load_state, recorder)
+        self._steps = {
+            False: Replayed(lambda: self._step(sampled=False), recorder),
+            True: Replayed(lambda: self._step(sampled=True), recorder, self._generator),
+        }
+
+    def prepare(self, temperature: float = 0.0) -> None:
+        """Compile and record what steps at this temperature need, so that no later token waits for it.
+
+        Without a recorder there is nothing to do.
+        """
+        if self._recorder is not None:
+            self.start(torch.zeros(self.batch, 1, dtype=torch.int64), temperature=temperature)
+            self._prepare()
+
+    @torch.inference_mode()
+    def start(self, ids: torch.Tensor, *, temperature: float = 0.0, seed: int = 0) -> torch.Tensor:
+        """Run a prompt a row and make the first token of each.
+
+        Args:
+            ids: (b, l) int64, l >= 1, on any device.
+            temperature: 0 takes the most likely token; above it, logits are divided by it and sampled.
+            seed: of the sampling; the same arguments give the same tokens on the same device.
+
+        Returns:
+            (b,) int64 on the device; the next step overwrites it.
+
+        Raises:
+            UsageError: the temperature is negative, or ids has another number of rows.
+        """
+        if temperature < 0:
+            raise UsageError(f"`--temperature` must be >= 0, got {temperature}")
+        if ids.shape[0] != self.batch:
+            raise UsageError(f"the prompts must be {self.batch} rows, got {ids.shape[0]}")
+        self._sampled = temperature > 0
+        self._temperature.fill_(temperature if self._sampled else 1.0)
+        self._generator.manual_seed(seed)
+        hidden, self._prompt_state = self._prefill(ids)
+        self._choose(hidden, self._sampled)
+        return self._tokens.squeeze(1)
+
+    @torch.inference_mode()
+    def step(self) -> torch.Tensor:
+        """Make the next token of each row: (b,) int64 on the device; the next step overwrites it."""
+        if self._prompt_state is not None:
+            # Not in `start`, where the first token would wait for it.
+            self._load()
+            self._prompt_state = None
+        self._steps[self._sampled]()
+        return self._tokens.squeeze(1)
+
+    @torch.inference_mode()
+    def _prepare(self) -> None:
+        self._load.prepare()
+        self._prompt_state = None
+        self._steps[self._sampled].prepare()
+
+    def _load_state(self) -> None:
+        assert self._prompt_state is not None
+        self._stepper.load(on_grid(self._model, self._prompt_state))
+
+    def _step(self, *, sampled: bool) -> None:
+        self._choose(self._stepper.step(self._tokens), sampled)
+
+    def _choose(self, hidden: torch.Tensor, sampled: bool) -> None:
+        logits = self._model.logits(hidden)[:, : self._vocab_size].float()
+        if sampled:
+            # One draw of each row's distribution: the race that exponential clocks of these rates run.
+            rates = torch.softmax(logits / self._temperature, dim=-1)
+            clocks = torch.empty_like(rates).exponential_(generator=self._generator)
+            tokens = rates.div_(clocks).argmax(dim=-1)
+        else:
+            tokens = logits.argmax(dim=-1)
+        self._tokens.copy_(tokens.unsqueeze(1))
