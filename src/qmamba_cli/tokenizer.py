@@ -137,6 +137,17 @@ class Tokenizer:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def to_transformers(self) -> Any:
+        """The same tokenizer as a `transformers.PreTrainedTokenizerFast`, for libraries that want one."""
+        from transformers import PreTrainedTokenizerFast
+
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=BackendTokenizer.from_str(self._backend.to_str()),
+            clean_up_tokenization_spaces=False,
+            **{role: self._backend.id_to_token(token) for role, token in named.items() if token is not None},
+        )
+
     def stream_decoder(self, *, skip_special_tokens: bool = True) -> "StreamDecoder":
         """A decoder that is fed one token at a time."""
         return StreamDecoder(self, skip_special_tokens=skip_special_tokens)

@@ -1,7 +1,6 @@
 """The outcome of `export`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from qmamba_cli import console
@@ -13,19 +12,54 @@ if TYPE_CHECKING:
     from qmamba_cli.stages.parts import Part
 
 
-def show_export(report: "ExportReport", *, dry_run: bool, as_json: bool) -> None:
-    """The outcome of `export`."""
+def show_export(
+    report: "ExportReport", *, dry_run: bool, as_json: bool, sharded: bool = False, pushed: str | None = None
+) -> None:
+    """The outcome of `export`.
+
+    Args:
+        report: the outcome.
+        dry_run: whether nothing was written.
+        as_json: one JSON object instead of a table.
+        sharded: whether a folder was asked for.
+        pushed: address that the folder was uploaded to, or None.
+    """
     if as_json:
-        values = asdict(report) | {"path": str(report.path), "dry_run": dry_run}
-        values["parts"] = [
-            {"part": part.name, "bytes": part.bytes, "bits_per_weight": part.bits_per_weight}
-            for part in report.parts
-        ]
+        values = {
+            **{name: getattr(report, name) for name in ("digest", "bytes", "bits_per_weight", "files")},
+            "path": str(report.path),
+            "format": "folder" if sharded else "file",
+            "dry_run": dry_run,
+            "parts": [
+                {"part": part.name, "bytes": part.bytes, "bits_per_weight": part.bits_per_weight}
+                for part in report.parts
+            ],
+        }
+        if dry_run:
+            values |= {"memory_bytes": report.memory_bytes, "tensors": dict(report.sizes)}
+            values["config"] = report.config.to_dict()
+        if pushed is not None:
+            values["pushed"] = pushed
         console.write_json(values)
         return
     written = "not written" if dry_run else f"digest {report.digest[:DIGEST_SHOWN]}"
-    size = f"{console.size(report.bytes)}, {report.bits_per_weight:.2f} bits per weight"
+    files = f" in {report.files} files" if sharded and not dry_run else ""
+    size = f"{console.size(report.bytes)}{files}, {report.bits_per_weight:.2f} bits per weight"
     show_parts(f"{report.path}: {size}, {written}", report.parts)
+    if dry_run:
+        config = report.config
+        console.facts(
+            "before it starts",
+            {
+                "model": f"{config.n_layer} layers, d_model {config.d_model}, d_inner {config.d_inner}, "
+                f"d_state {config.d_state}, vocabulary {config.vocab_size}",
+                "tensors": f"{len(report.sizes)}, {console.size(report.bytes)}",
+                "memory": f"about {console.size(report.memory_bytes)} beside the program itself",
+                "disk": f"about {console.size(2 * report.bytes)} while it is written",
+            },
+        )
+    if pushed is not None:
+        console.note(f"uploaded to {pushed}")
 
 
 def show_parts(title: str, parts: "Sequence[Part]") -> None:

@@ -1,0 +1,142 @@
+"""How far models part from the float model on the same tokens, with intervals over whole documents."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qmamba_cli.evaluation.batches import Batch
+from qmamba_cli.evaluation.scoring import LanguageModel, score_batch
+from qmamba_cli.progress import Advance
+
+RESAMPLES = 2000
+"""Bootstrap resamples of the documents behind each interval."""
+
+CONFIDENCE = 0.95
+"""Coverage of the intervals."""
+
+_SEED = 0
+# Elements of the matrix of resampling weights held at once: 8 MB.
+_BLOCK = 1 << 20
+# Models scored side by side: the float model's head is applied once for them all.
+_SIDE_BY_SIDE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """How a model's predictions differ from the float model's, document by document.
+
+    Attributes:
+        kl: (n,) float64, KL divergence float ‖ quantized in nats, summed over the document's scored tokens.
+        delta_ll: (n,) float64, log-likelihood less the float model's, in nats, summed likewise.
+        tokens: (n,) int64, scored tokens.
+    """
+
+    kl: NDArray[np.float64]
+    delta_ll: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    @property
+    def kl_mean(self) -> float:
+        """Mean KL divergence, nats a token."""
+        return float(self.kl.sum() / self.tokens.sum())
+
+    @property
+    def delta_ll_mean(self) -> float:
+        """Mean change of the log-likelihood, nats a token; negative is worse."""
+        return float(self.delta_ll.sum() / self.tokens.sum())
+
+    @property
+    def kl_interval(self) -> tuple[float, float] | None:
+        """95 % interval of `kl_mean`, from `interval`."""
+        return interval(self.kl, self.tokens)
+
+
+def compare_with_float(
+    baseline: LanguageModel,
+    models: Sequence[LanguageModel],
+    batches: Sequence[Batch],
+    *,
+    advance: Advance = lambda _units: None,
+) -> list[Outcome]:
+    """Run the same tokens through the float model and through each of the others.
+
+    Args:
+        baseline: the float model.
+        models: the others; they share its vocabulary.
+        batches: from `batches.window_batches` or `batches.request_batches`.
+        advance: called with 1 for each model that has finished a batch.
+
+    Returns:
+        One entry a model.
+    """
+    documents = sum(len(batch.documents) for batch in batches)
+    sums = np.zeros((len(models), 2, documents))
+    tokens = np.zeros(documents, dtype=np.int64)
+    for batch in batches:
+        places = list(batch.documents)
+        tokens[places] = batch.tokens
+        remembered = _Remembered(baseline)
+        for start in range(0, len(models), _SIDE_BY_SIDE):
+            group = models[start : start + _SIDE_BY_SIDE]
+            expected, *scores = score_batch([remembered, *group], batch, reference=0)
+            for number, score in enumerate(scores, start):
+                assert score.kl is not None
+                gained = score.ll.double() - expected.ll.double()
+                for row, values in enumerate((score.kl, gained)):
+                    pieces = torch.split(values.cpu(), list(batch.tokens))
+                    sums[number, row, places] = [float(piece.sum()) for piece in pieces]
+            advance(len(group))
+    return [Outcome(kl=kl, delta_ll=delta_ll, tokens=tokens) for kl, delta_ll in sums]
+
+
+class _Remembered:
+    """A model that keeps what it computed for the one batch it is asked about again and again."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._hidden: torch.Tensor | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        if self._hidden is None:
+            self._hidden = self._model.hidden(ids)
+        return self._hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(hidden)
+
+
+def interval(
+    values: NDArray[np.float64], tokens: NDArray[np.int64], *, resamples: int = RESAMPLES
+) -> tuple[float, float] | None:
+    """95 % interval of Σ values / Σ tokens: percentiles of a bootstrap over whole documents.
+
+    Documents are drawn, not tokens: those of one document share a context and are not independent. The seed
+    is fixed, so the same scores give the same interval.
+
+    Args:
+        values: (n,) float64, one sum a document.
+        tokens: (n,) int64, tokens behind each sum.
+        resamples: number of resamples.
+
+    Returns:
+        Lower and upper end, or None where there are fewer than two documents or a value is not finite.
+    """
+    n = len(values)
+    if n < 2 or not np.isfinite(values).all():
+        return None
+    random = np.random.default_rng(_SEED)
+    means: list[NDArray[np.float64]] = []
+    for start in range(0, resamples, max(1, _BLOCK // n)):
+        draws = min(max(1, _BLOCK // n), resamples - start)
+        weights = random.multinomial(n, np.full(n, 1 / n), size=draws)
+        means.append((weights @ values) / (weights @ tokens))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return float(low), float(high)
