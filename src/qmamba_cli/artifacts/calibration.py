@@ -1,15 +1,20 @@
-"""The calibration artifact: a folder with a manifest, the scales and the statistics they come from."""
+"""The calibration artifact: a folder with a manifest, the scales and the statistics they come from.
+
+A shard of a calibration has the same form; its manifest says which part of the samples it observed. Only who
+asks for shards is given one, since its scales stand for a part of the text.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from types import MappingProxyType
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from qmamba_cli.artifacts.files import atomic_directory, reading, recover_directory, shown
+from qmamba_cli.artifacts.files import atomic_directory, json_excess, reading, recover_directory, shown
 from qmamba_cli.artifacts.manifest import (
     CalibrationManifest,
     check_digest,
@@ -17,6 +22,7 @@ from qmamba_cli.artifacts.manifest import (
     parse_manifest,
     tensor_records,
 )
+from qmamba_cli.artifacts.records import CalibrationFile
 from qmamba_cli.artifacts.safetensors_header import MAX_HEADER_BYTES
 from qmamba_cli.artifacts.safetensors_io import (
     SafetensorsFile,
@@ -30,9 +36,14 @@ from qmamba_cli.errors import ArtifactError, QmambaError
 MANIFEST = "manifest.json"
 SCALES: Final = "scales.safetensors"
 STATISTICS: Final = "statistics.safetensors"
+COVERAGE: Final = "coverage.safetensors"
 # Every entry of the folder; `files.check_output` takes it so that no other folder is ever replaced.
-ENTRIES = (MANIFEST, SCALES, STATISTICS)
-_TENSOR_FILES: tuple[Literal["scales.safetensors"], Literal["statistics.safetensors"]] = (SCALES, STATISTICS)
+ENTRIES = (MANIFEST, SCALES, STATISTICS, COVERAGE)
+# Format version → its tensor files.
+_TENSOR_FILES: Mapping[int, tuple[CalibrationFile, ...]] = {
+    1: (SCALES, STATISTICS),
+    2: (SCALES, STATISTICS, COVERAGE),
+}
 _HINT_MISSING = "make one with `qmamba calibrate MODEL`, or name one with `--calibration DIR`"
 
 
@@ -43,12 +54,14 @@ class CalibrationArtifact:
     Attributes:
         manifest: what was observed, and with what.
         scales: site key → scale, real units a step, finite and > 0.
-        statistics: name → array; writable copies.
+        statistics: name → array, the observers' state; writable copies.
+        coverage: name → array, the state of `quant.coverage.Coverage`; empty in an artifact of version 1.
     """
 
     manifest: CalibrationManifest
     scales: Mapping[str, float]
     statistics: Mapping[str, npt.NDArray[Any]]
+    coverage: Mapping[str, npt.NDArray[Any]]
 
     @property
     def digest(self) -> str:
@@ -62,15 +75,17 @@ def write_calibration(
     manifest: CalibrationManifest,
     scales: Mapping[str, float],
     statistics: Mapping[str, npt.NDArray[Any]],
+    coverage: Mapping[str, npt.NDArray[Any]] = MappingProxyType({}),
     force: bool = False,
 ) -> CalibrationManifest:
-    """Write the folder; equal input gives equal bytes in every file.
+    """Write the folder in the current version; equal input gives equal bytes in every file.
 
     Args:
         path: the folder; an existing one is replaced as a whole.
         manifest: its `tensors` and `content_digest` are filled in here.
         scales: site key → scale, for exactly the sites of the manifest; stored in float32.
         statistics: name → array of a dtype of `safetensors_header.DTYPES`.
+        coverage: likewise.
         force: whether an existing calibration may be replaced.
 
     Returns:
@@ -86,42 +101,56 @@ def write_calibration(
     for name, row in rows.items():
         if not _is_scale(float(row[0])):
             raise ValueError(f"the scale of `{name}` must be finite and > 0 in float32, got {scales[name]}")
-    contents: dict[str, Mapping[str, TensorSource]] = {SCALES: rows, STATISTICS: dict(statistics)}
+    contents: dict[str, Mapping[str, TensorSource]] = {
+        SCALES: rows,
+        STATISTICS: dict(statistics),
+        COVERAGE: dict(coverage),
+    }
     with atomic_directory(path, force=force, known=ENTRIES) as folder:
         records = {}
         for name, tensors in contents.items():
             digests = write_safetensors(folder / name, tensors)
             infos = {key: describe(value) for key, value in tensors.items()}
             records[name] = tensor_records(infos, digests)
-        written = manifest.sealed(tensors=records)
+        written = manifest.sealed(format_version=manifest.VERSION, tensors=records)
         data = written.to_json().encode("ascii")
         if len(data) > MAX_HEADER_BYTES:
             raise ValueError(f"a manifest of {len(data)} bytes exceeds the limit of {MAX_HEADER_BYTES}")
+        if excess := json_excess(data):
+            raise ValueError(f"a manifest that no reader takes: {excess}")
         (folder / MANIFEST).write_bytes(data)
     return written
 
 
-def read_calibration(path: Path, *, verify: bool = True) -> CalibrationArtifact:
+def read_calibration(path: Path, *, verify: bool = True, shards: bool = False) -> CalibrationArtifact:
     """Read the folder and check it in the order of docs/artifact-format.md.
 
     Args:
         path: the folder.
         verify: whether the digests of the data are compared as well.
+        shards: whether it may be a shard.
 
     Raises:
         QmambaError: there is no such folder, or it cannot be read.
-        ArtifactError: it is no calibration, of another version, or damaged.
+        ArtifactError: it is no calibration, of another version, a shard, or damaged.
     """
     manifest = _parse(path)
-    files = {name: _open(path, name) for name in _TENSOR_FILES}
-    for name in _TENSOR_FILES:
-        check_tensors(files[name], manifest.tensors[name], remedy=manifest.REMEDY, verify=verify)
+    if manifest.shard is not None and not shards:
+        raise ArtifactError(
+            f"`{path}` is shard {manifest.shard.number}/{manifest.shard.count} of a calibration, "
+            "expected a whole one",
+            hint="put the shards together: `qmamba merge DIR…`",
+        )
+    files = {name: _open(path, name) for name in _TENSOR_FILES[manifest.format_version]}
+    for name, file in files.items():
+        check_tensors(file, manifest.tensors[name], remedy=manifest.REMEDY, verify=verify)
     check_digest(manifest, str(path))
     # Copied, so that a folder replaced later takes nothing from under the caller.
     return CalibrationArtifact(
         manifest=manifest,
         scales=_scales(path, manifest, files[SCALES]),
-        statistics={name: files[STATISTICS].numpy(name).copy() for name in files[STATISTICS].names},
+        statistics=_arrays(files[STATISTICS]),
+        coverage=_arrays(files[COVERAGE]) if COVERAGE in files else {},
     )
 
 
@@ -157,16 +186,16 @@ def _parse(path: Path) -> CalibrationManifest:
             hint=CalibrationManifest.REMEDY,
         )
     manifest = parse_manifest(CalibrationManifest, data, str(path))
-    for name in _TENSOR_FILES:
-        if name not in manifest.tensors:
-            raise ArtifactError(
-                f"the manifest of `{path}` breaks the schema, got no entry `{name}` in `tensors`",
-                hint=manifest.REMEDY,
-            )
+    for name in sorted(manifest.tensors.keys() ^ set(_TENSOR_FILES[manifest.format_version])):
+        found = "an" if name in manifest.tensors else "no"
+        raise ArtifactError(
+            f"the manifest of `{path}` breaks the schema, got {found} entry `{name}` in `tensors`",
+            hint=manifest.REMEDY,
+        )
     return manifest
 
 
-def _open(path: Path, name: str) -> SafetensorsFile:
+def _open(path: Path, name: CalibrationFile) -> SafetensorsFile:
     if not (path / name).is_file():
         raise ArtifactError(
             f"file `{name}` is missing from calibration `{path}`", hint=CalibrationManifest.REMEDY
@@ -177,6 +206,10 @@ def _open(path: Path, name: str) -> SafetensorsFile:
             f"`{file.path}` has metadata, expected none in a calibration", hint=CalibrationManifest.REMEDY
         )
     return file
+
+
+def _arrays(file: SafetensorsFile) -> dict[str, npt.NDArray[Any]]:
+    return {name: file.numpy(name).copy() for name in file.names}
 
 
 def _scales(path: Path, manifest: CalibrationManifest, file: SafetensorsFile) -> dict[str, float]:

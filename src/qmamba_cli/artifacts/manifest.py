@@ -8,147 +8,60 @@ depends on the clock, the machine's paths or the order of a dictionary.
 import json
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, ValidationError
 
 from qmamba_cli.artifacts.files import canonical_json, sha256_bytes, shown, strict_json
+from qmamba_cli.artifacts.records import (
+    Alpha,
+    CalibrationFile,
+    CalibrationReference,
+    DatasetRecord,
+    ModelRecord,
+    QuantizationRecord,
+    Record,
+    Reduction,
+    Sha256,
+    ShardRecord,
+    SiteRecord,
+    TensorRecord,
+)
 from qmamba_cli.artifacts.safetensors_header import TensorInfo
 from qmamba_cli.artifacts.safetensors_io import SafetensorsFile
 from qmamba_cli.errors import ArtifactError
-from qmamba_cli.sites import ObserverKind
 
-FORMAT_VERSION: Final = 1
+# The records are named here as well: a manifest is made of them.
+__all__ = [
+    "CalibrationManifest", "CalibrationReference", "DatasetRecord", "Manifest", "ModelRecord",
+    "QuantizationRecord", "QuantizedManifest", "Sha256", "ShardRecord", "SiteRecord", "TensorRecord",
+    "check_digest", "check_tensors", "json_schemas", "library_versions", "parse_manifest", "tensor_records",
+    "tool_version",
+]  # fmt: skip
+
+# The current version of each format; `Manifest.ADDED` says how an older one differs.
+CALIBRATION_VERSION: Final = 2
+QUANTIZED_VERSION: Final = 1
 # The libraries whose version can change what an artifact holds.
 _LIBRARIES = ("qmamba-cli", "numpy", "safetensors", "tokenizers", "torch")
+_HASHING_THREADS = 8
 _SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Positive = Annotated[int, Field(ge=1, le=2**63 - 1)]
-Alpha = Annotated[float, Field(gt=0.5, le=1.0)]
-Reduction = Literal["global", "mean", "ema"]
-ConfigValue = bool | int | float | str | None
 
-
-class _Record(BaseModel):
-    """Frozen; unknown keys, wrong types and numbers that are not finite are refused."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        json_schema_serialization_defaults_required=True,
-        use_attribute_docstrings=True,
-    )
-
-
-class ModelRecord(_Record):
-    """The float checkpoint everything comes from."""
-
-    source: str
-    """What the user named: a folder, a Hub id or `demo`."""
-    digest: Sha256
-    """Digest of the checkpoint: its configuration and weight files."""
-    config: dict[str, ConfigValue]
-    """Architecture, the fields of `MambaConfig`."""
-    weight_files: dict[str, Sha256]
-    """File name → sha256."""
-    tokenizer_files: dict[str, Sha256]
-    """File name → sha256."""
-
-
-class DatasetRecord(_Record):
-    """The text the activations were observed on."""
-
-    dataset: str
-    """What the user named: a file, a Hub name, `bundled` or `self`."""
-    digest: str
-    """Digest of the text."""
-    text_column: str | None
-    """Field that holds the text, or null where there are no fields."""
-    sample_ids: list[Count]
-    """Rows or windows chosen, in the order they were observed."""
-    shuffle: bool
-    """Whether the samples were drawn in a seeded random order."""
-    seed: int
-    """Seed of that order."""
-    samples: Positive
-    """Number of samples."""
-    seqlen: Positive
-    """Tokens a sample."""
-    tokens: Positive
-    """Tokens observed in all."""
-    batch_size: Positive
-    """Samples a forward pass."""
-
-
-class SiteRecord(_Record):
-    """One observed site and the absmax chosen for it."""
-
-    # Not strict, so that Python callers may pass the plain string.
-    observer: Annotated[ObserverKind, Field(strict=False)]
-    """How the absmax was chosen."""
-    alpha: Alpha | None
-    """Quantile of a percentile observer, null for any other."""
-    absmax: Annotated[float, Field(ge=0)]
-    """Chosen absmax, real units."""
-    observations: Positive
-    """Number of elements seen."""
-
-
-class TensorRecord(_Record):
-    """One stored tensor."""
-
-    dtype: str
-    """Element type, as safetensors names it."""
-    shape: tuple[Count, ...]
-    """Dimensions, outermost first."""
-    sha256: Sha256
-    """Digest of the data: little-endian, row-major."""
-
-
-class CalibrationReference(_Record):
-    """The calibration a quantized model was made with."""
-
-    digest: Sha256
-    """Content digest of the calibration artifact."""
-    dataset: DatasetRecord
-    """Its text."""
-    alpha: Alpha
-    """Its quantile; the sites tell the one that was used."""
-    reduction: Reduction
-    """How the quantiles of samples were joined."""
-
-
-class QuantizationRecord(_Record):
-    """How the weights were quantized."""
-
-    w_bits: Literal[4, 8]
-    """Bits of in_proj and out_proj."""
-    group_size: Positive | None
-    """Input channels that share a multiplier, or null where a row has one scale."""
-    embedding_bits: Literal[8, 16, 32]
-    """Bits of the embedding."""
-    alpha: Alpha
-    """Quantile used for the scales of percentile sites."""
-    ignore: list[str]
-    """Patterns of the modules left unquantized."""
-    weights: dict[str, str]
-    """Module name → scheme, as in `w4-g128`, `w8-row` or `fp32`."""
-
-
-class Manifest(_Record):
+class Manifest(Record):
     """What the manifests of both artifacts share."""
 
     # A phrase for messages, and the command that makes the artifact again.
     KIND: ClassVar[str]
     REMEDY: ClassVar[str]
     FORMAT: ClassVar[str]
+    VERSION: ClassVar[int]
+    # Key → the version that brought it; an artifact of an older version lacks it.
+    ADDED: ClassVar[Mapping[str, int]] = {}
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: int
     """Version of the format; a reader refuses a newer one."""
     tool_version: str
     """Version of qmamba-cli that wrote the artifact."""
@@ -169,7 +82,7 @@ class Manifest(_Record):
 
     def compute_digest(self) -> str:
         """The content digest this manifest should carry."""
-        content = {**self.model_dump(mode="json"), "content_digest": ""}
+        content = {**self._stored(), "content_digest": ""}
         return sha256_bytes(canonical_json(content).encode("ascii"))
 
     def to_json(self) -> str:
@@ -178,7 +91,20 @@ class Manifest(_Record):
         Raises:
             ValueError: a configuration value has no JSON form.
         """
-        return canonical_json(self.model_dump(mode="json"))
+        return canonical_json(self._stored())
+
+    def _stored(self) -> dict[str, Any]:
+        """What an artifact of this version holds."""
+        return {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if self.ADDED.get(name, 0) <= self.format_version
+        }
+
+
+def _current_version_only(schema: dict[str, Any]) -> None:
+    del schema["enum"]
+    schema["const"] = schema["default"]
 
 
 class CalibrationManifest(Manifest):
@@ -187,7 +113,14 @@ class CalibrationManifest(Manifest):
     KIND: ClassVar[str] = "calibration"
     REMEDY: ClassVar[str] = "make it again: `qmamba calibrate MODEL --force`"
     FORMAT: ClassVar[str] = "qmamba-calibration"
+    VERSION: ClassVar[int] = CALIBRATION_VERSION
+    ADDED: ClassVar[Mapping[str, int]] = {"shard": 2}
 
+    # The schema in docs/schemas is that of the current version alone.
+    format_version: Annotated[Literal[1, 2], Field(json_schema_extra=_current_version_only)] = (
+        CALIBRATION_VERSION
+    )
+    """Version of the format; a reader refuses a newer one."""
     format: Literal["qmamba-calibration"] = "qmamba-calibration"
     """Kind of artifact."""
     dataset: DatasetRecord
@@ -200,9 +133,9 @@ class CalibrationManifest(Manifest):
     """Element type of the forward passes."""
     device: str
     """Kind of device of the forward passes."""
-    tensors: dict[Literal["scales.safetensors", "statistics.safetensors"], dict[str, TensorRecord]] = Field(
-        default_factory=dict
-    )
+    shard: ShardRecord | None = None
+    """The part of the samples that was observed; null where it is all of them."""
+    tensors: dict[CalibrationFile, dict[str, TensorRecord]] = Field(default_factory=dict)
     """File name → tensor name → record."""
 
 
@@ -212,7 +145,10 @@ class QuantizedManifest(Manifest):
     KIND: ClassVar[str] = "quantized file"
     REMEDY: ClassVar[str] = "make it again: `qmamba export --out FILE --force`"
     FORMAT: ClassVar[str] = "qmamba-quantized"
+    VERSION: ClassVar[int] = QUANTIZED_VERSION
 
+    format_version: Literal[1] = QUANTIZED_VERSION
+    """Version of the format; a reader refuses a newer one."""
     format: Literal["qmamba-quantized"] = "qmamba-quantized"
     """Kind of artifact."""
     calibration: CalibrationReference
@@ -247,7 +183,9 @@ def parse_manifest(kind: type[M], data: bytes, source: str) -> M:
     if not isinstance(document, dict):
         raise ArtifactError(f"{where} is not a JSON object", hint=kind.REMEDY)
     _check_format(kind, document, source)
-    missing = sorted(kind.model_fields.keys() - document.keys())
+    version = document["format_version"]
+    expected = {name for name in kind.model_fields if kind.ADDED.get(name, 0) <= version}
+    missing = sorted(expected - document.keys())
     if missing:
         raise ArtifactError(f"{where} lacks the key `{missing[0]}`", hint=kind.REMEDY)
     try:
@@ -277,17 +215,18 @@ def _check_format(kind: type[Manifest], document: Mapping[str, Any], source: str
     got = document.get("format_version")
     if type(got) is not int:
         raise ArtifactError(
-            f"`{source}` has no whole number as `format_version`, expected {FORMAT_VERSION}", hint=kind.REMEDY
+            f"`{source}` has no whole number as `format_version`, expected {kind.VERSION}", hint=kind.REMEDY
         )
-    if got > FORMAT_VERSION:
+    if got > kind.VERSION:
         raise ArtifactError(
             f"`{source}` has format version {shown(str(got))}, but qmamba-cli {tool_version()} reads up to "
-            f"{FORMAT_VERSION}",
+            f"{kind.VERSION}",
             hint="`pip install --upgrade qmamba-cli`, or make the file again with this version",
         )
-    if got < FORMAT_VERSION:
+    if got < 1:
+        known = " or ".join(str(number) for number in range(1, kind.VERSION + 1))
         raise ArtifactError(
-            f"`{source}` has format version {shown(str(got))}, expected {FORMAT_VERSION}", hint=kind.REMEDY
+            f"`{source}` has format version {shown(str(got))}, expected {known}", hint=kind.REMEDY
         )
 
 
@@ -319,14 +258,17 @@ def check_tensors(
             )
     if not file.header.canonical:
         raise ArtifactError(f"the header of `{file.path}` is not in canonical form", hint=remedy)
-    for name in file.names if verify else ():
-        found = sha256_bytes(file.bytes(name))
-        if found != records[name].sha256:
-            raise ArtifactError(
-                f"the data of tensor `{shown(name)}` of `{file.path}` is damaged, got sha256 {found}, "
-                f"expected {records[name].sha256}",
-                hint=f"copy the file again, or {remedy}",
-            )
+    names = file.names if verify else ()
+    # Hashing lets other threads run, and a file is read many times as fast as one core hashes it.
+    with ThreadPoolExecutor(max_workers=_HASHING_THREADS) as pool:
+        digests = pool.map(lambda name: sha256_bytes(file.bytes(name)), names)
+        for name, found in zip(names, digests, strict=True):
+            if found != records[name].sha256:
+                raise ArtifactError(
+                    f"the data of tensor `{shown(name)}` of `{file.path}` is damaged, got sha256 {found}, "
+                    f"expected {records[name].sha256}",
+                    hint=f"copy the file again, or {remedy}",
+                )
 
 
 def check_digest(manifest: Manifest, source: str) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,8 +15,13 @@ from qmamba_cli.errors import ArtifactError, QmambaError
 RECORD: Final = "workdir.json"
 _VERSION: Final = 1
 _MAX_BYTES = 1 << 16
+# Seconds to wait for another process's record, which takes milliseconds.
+_PATIENCE = 2.0
 _STAGE = {"calibration": "qmamba calibrate MODEL", "export": "qmamba export --out FILE"}
 _OPTION = {"calibration": "--calibration DIR", "export": "--checkpoint FILE"}
+
+
+_Kind: TypeAlias = Literal["calibration", "export"]
 
 
 class Record(NamedTuple):
@@ -66,7 +71,8 @@ class Workdir:
             digest: its content digest.
 
         Raises:
-            QmambaError: the record cannot be written, or another process is writing it.
+            QmambaError: the record cannot be written, another process keeps writing it, or has put another
+                artifact at ``path``.
             ArtifactError: the record that is there is damaged.
         """
         self._record("calibration", path, digest)
@@ -103,14 +109,14 @@ class Workdir:
             recover_directory(record.path)
         if not record.path.exists():
             raise self._vanished("calibration", record)
-        return self._unchanged("calibration", record, read_calibration_manifest(record.path).content_digest)
+        return self._unchanged("calibration", record, _digest("calibration", record.path))
 
     def resolve_export(self) -> Record:
         """The last export, which must be there with the digest it had; errors as for the calibration."""
         record = self._require("export", self.last_export())
         if not record.path.exists():
             raise self._vanished("export", record)
-        return self._unchanged("export", record, read_quantized_manifest(record.path).content_digest)
+        return self._unchanged("export", record, _digest("export", record.path))
 
     def _require(self, what: str, record: Record | None) -> Record:
         if record is None:
@@ -135,13 +141,20 @@ class Workdir:
             )
         return record
 
-    def _record(self, what: Literal["calibration", "export"], path: Path, digest: str) -> None:
+    def _record(self, what: _Kind, path: Path, digest: str) -> None:
         # Links are followed first: `..` from behind a link leads elsewhere.
         relative = os.path.relpath(os.path.realpath(path), os.path.realpath(self.path))
         entry = _Entry(path=Path(relative).as_posix(), digest=digest)
-        with atomic_file(self.path / RECORD, force=True) as temporary:
+        with atomic_file(self.path / RECORD, force=True, patience=_PATIENCE) as temporary:
             # Read under the lock, so that two stages that end together lose neither record.
             state = self._read().model_copy(update={what: entry})
+            # Of two that wrote the same path one after the other, only the last may record it.
+            if path.exists() and (found := _digest(what, path)) != digest:
+                raise QmambaError(
+                    f"`{path}` was replaced by another process before it was recorded, got digest {found}, "
+                    f"expected {digest}",
+                    hint="run the command again if this one is meant, or choose another path or `--workdir`",
+                )
             temporary.write_text(canonical_json(state.model_dump(mode="json")) + "\n", encoding="ascii")
 
     def _last(self, entry: _Entry | None) -> Record | None:
@@ -173,3 +186,10 @@ class Workdir:
             raise ArtifactError(f"`{path}` is damaged, got: {error.errors()[0]['msg']}", hint=hint) from None
         except ValueError as error:
             raise ArtifactError(f"`{path}` is damaged, got: {error}", hint=hint) from None
+
+
+def _digest(what: _Kind, path: Path) -> str:
+    """Content digest that an artifact states."""
+    if what == "calibration":
+        return read_calibration_manifest(path).content_digest
+    return read_quantized_manifest(path).content_digest

@@ -18,16 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from qmamba_cli.errors import ArtifactError, QmambaError, ShapeError, UsageError
+from qmamba_cli.quant.bins import N_BINS, OFFSET, OVERFLOW, SHIFT, bin_of
 
-_MANTISSA_BITS = 9
-_SHIFT = 23 - _MANTISSA_BITS
-_EXPONENT_BIAS = 127
-# A site whose largest value is below 2^-32 gets the smallest scale anyway: 127 * MIN_SCALE = 1.3e-6.
-_MIN_EXPONENT, _MAX_EXPONENT = -32, 32
-# Shifted float32 pattern of the lower edge of bin 1, less 1: subtracting it gives the bin.
-_OFFSET = ((_EXPONENT_BIAS + _MIN_EXPONENT) << _MANTISSA_BITS) - 1
-N_BINS = ((_MAX_EXPONENT - _MIN_EXPONENT) << _MANTISSA_BITS) + 2
-_OVERFLOW = N_BINS - 1
 # Elements counted at a time: bounds the temporaries.
 _SLICE = 1 << 20
 
@@ -84,8 +76,8 @@ class Histogram:
             # maximum and amax pass NaN on, so one look at the end finds every kind of broken value; the
             # clamp keeps the bins of such values legal until then.
             absmax = torch.maximum(absmax, magnitude.amax())
-            bins = magnitude.view(torch.int32).bitwise_right_shift_(_SHIFT).sub_(_OFFSET)
-            counts += torch.bincount(bins.clamp_(0, _OVERFLOW), minlength=N_BINS)
+            bins = magnitude.view(torch.int32).bitwise_right_shift_(SHIFT).sub_(OFFSET)
+            counts += torch.bincount(bins.clamp_(0, OVERFLOW), minlength=N_BINS)
         largest = float(absmax)
         if not math.isfinite(largest):
             raise _not_finite(flat, name)
@@ -129,9 +121,9 @@ class Histogram:
     def _midpoint(self, bin_index: int) -> float:
         if bin_index == 0:
             return 0.0
-        if bin_index == _OVERFLOW:
+        if bin_index == OVERFLOW:
             return self.absmax
-        pattern = ((bin_index + _OFFSET) << _SHIFT) + (1 << (_SHIFT - 1))
+        pattern = ((bin_index + OFFSET) << SHIFT) + (1 << (SHIFT - 1))
         return float(np.array(pattern, dtype=np.int32).view(np.float32))
 
     def span(self) -> tuple[int, NDArray[np.int64]]:
@@ -168,7 +160,7 @@ class Histogram:
         histogram.count = int(counts.sum())
         filled = np.flatnonzero(histogram.counts)
         last = int(filled[-1]) if filled.size else 0
-        if not math.isfinite(absmax) or absmax < 0 or _bin_of(absmax) != last:
+        if not math.isfinite(absmax) or absmax < 0 or bin_of(absmax) != last:
             raise ArtifactError(
                 f"histogram: absmax contradicts the counts, got {absmax}, expected a value of bin {last}"
             )
@@ -203,11 +195,6 @@ class Histogram:
                 )
         counts: NDArray[np.int64] = arrays["counts"]  # type: ignore[assignment]  # from_span checks the dtype
         return cls.from_span(int(arrays["first_bin"].item()), counts, float(arrays["absmax"].item()))
-
-
-def _bin_of(magnitude: float) -> int:
-    pattern = int(np.array(magnitude, dtype=np.float32).view(np.int32))
-    return min(max((pattern >> _SHIFT) - _OFFSET, 0), _OVERFLOW)
 
 
 def _not_finite(flat: torch.Tensor, name: str) -> QmambaError:
