@@ -10,13 +10,14 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help env demo test check lint fix test-gpu bench bench-gpu docs clean
+.PHONY: help env demo test check lint fix fuzz test-gpu bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo      calibrate, export and run every mode on the bundled model; ends in one table'
 	@echo 'make test      the tests'
 	@echo 'make check     lint, formats, types and the tests: what CI runs'
+	@echo 'make fuzz      the artifacts against 200 kills a stage and 20 000 mutations a reader; takes long'
 	@echo 'make fix       format, and mend what the linter can'
 	@echo 'make test-gpu  the tests that need a GPU; fails if one of them was skipped'
 	@echo 'make bench     speed against transformers, and time by operator'
@@ -44,6 +45,10 @@ test: $(STAMP)
 	@$(PYTEST)
 
 check: lint test
+
+# Random examples each time; what it finds is printed as a test of its own.
+fuzz: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/robustness --kills 200 --fuzz-examples 20000
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -208,7 +208,7 @@ def test_export_option(arguments: tuple[object, ...], code: int, parts: tuple[st
         (("--mode", "fp", "--model", "demo", "--set", "state=int8", *SCORE), 2, ("state=int8 needs",)),
         ((), 2, ("`--task` and `--prompt`", "got neither")),
         ((*SCORE, "--prompt", "x"), 2, ("`--task` and `--prompt`", "got both")),
-        (("--task", "hellaswag"), 2, ("unknown task `hellaswag`", "lastword")),
+        (("--task", "no-such"), 2, ("unknown task `no-such`", "lastword", "lm-eval")),
         (("--task", "perplexity"), 2, ("needs a text", "--task-data")),
         ((*SCORE, "--baseline", "demo"), 2, ("`--baseline`", "perplexity")),
         (("--task", "lastword", "--limit", 0), 2, ("`--limit`", "got 0", "at least 1")),

@@ -8,6 +8,10 @@ from typing import Any
 
 from qmamba_cli.errors import CheckpointError
 
+# Far beyond any model, and near enough that a loop over the layers ends at once.
+_MAX_LAYERS = 1 << 12
+_MAX_SIZE = 1 << 24
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MambaConfig:
@@ -49,13 +53,24 @@ class MambaConfig:
     eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        # A configuration may come from anyone: what follows loops over layers and multiplies sizes.
         for name in ("d_model", "n_layer", "vocab_size", "d_state", "d_inner", "dt_rank"):
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"config: `{name}` must be at least 1, got {getattr(self, name)}")
-        if not 2 <= self.d_conv <= 4:
-            raise CheckpointError(f"config: `d_conv` must be 2, 3 or 4, got {self.d_conv}")
-        if not 0.0 <= self.norm_eps < 1.0:
-            raise CheckpointError(f"config: `norm_eps` must lie in [0, 1), got {self.norm_eps}")
+            value, largest = getattr(self, name), _MAX_LAYERS if name == "n_layer" else _MAX_SIZE
+            if type(value) is not int or not 1 <= value <= largest:
+                raise CheckpointError(
+                    f"config: `{name}` must be an integer from 1 to {largest}, got {value!r}"
+                )
+        if type(self.d_conv) is not int or not 2 <= self.d_conv <= 4:
+            raise CheckpointError(f"config: `d_conv` must be 2, 3 or 4, got {self.d_conv!r}")
+        if type(self.norm_eps) not in (int, float) or not 0.0 <= self.norm_eps < 1.0:
+            raise CheckpointError(f"config: `norm_eps` must lie in [0, 1), got {self.norm_eps!r}")
+        for name in ("conv_bias", "proj_bias", "tie_embeddings"):
+            if type(getattr(self, name)) is not bool:
+                raise CheckpointError(f"config: `{name}` must be true or false, got {getattr(self, name)!r}")
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 0 <= value <= _MAX_SIZE):
+                raise CheckpointError(f"config: `{name}` must be a token id or null, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in field order."""

@@ -14,6 +14,7 @@ class ObserverKind(StrEnum):
 
     MINMAX = "minmax"
     PERCENTILE = "percentile"
+    LEAST_ERROR = "least-error"
 
 
 class Basis(StrEnum):

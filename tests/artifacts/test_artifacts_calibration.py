@@ -119,8 +119,8 @@ def test_other_things_are_no_calibration(tmp_path: Path) -> None:
     [
         (lambda d: d.update(format="qmamba-quantized"), "has format `qmamba-quantized`"),
         (lambda d: d.pop("format"), "has format `NoneType`"),
-        (lambda d: d.update(format_version=2), r"version 2, but qmamba-cli 0\.1\.0 reads up to 1"),
-        (lambda d: d.update(format_version=0), "version 0, expected 1"),
+        (lambda d: d.update(format_version=3), r"version 3, but qmamba-cli 0\.1\.0 reads up to 2"),
+        (lambda d: d.update(format_version=0), "version 0, expected 1 or 2"),
         (lambda d: d.update(format_version="1"), "no whole number as `format_version`"),
         (lambda d: d.update(format_version=True), "no whole number as `format_version`"),
         (lambda d: d.update(surprise=1), "breaks the schema at `surprise`"),
@@ -163,7 +163,8 @@ def test_a_changed_manifest_is_refused(folder: Path, change: Callable[[dict], No
         (b"[]", "not a JSON object"),
         (b"\xff", "not UTF-8"),
         (b"{" * 5000, "not valid JSON"),
-        (b"[" * 50_000, "nested too deeply"),
+        (b"[" * 30_000, "nested too deeply"),
+        (b"[" * 50_000, "not valid JSON"),
         (b" " * (1 << 24) + b"{}", "too large"),
     ],
 )

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from qmamba_cli.artifacts.files import (
+    MAX_JSON_COMMAS,
+    MAX_JSON_NODES,
     atomic_directory,
     atomic_file,
     canonical_json,
@@ -317,16 +319,38 @@ def test_digests(tmp_path: Path) -> None:
         (b'{"a":{"b":1,"b":1}}', "given twice"),
         (b"NaN", "not a JSON number"),
         (b"[-Infinity]", "not a JSON number"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"[" * 30_000, "nested too deeply"),
+        (b'{"a":' * 15_000, "nested too deeply"),
         (b"9" * 10_000, "limit"),
         (b'"\\ud800"', "surrogate"),
         (b"", "character 0"),
+        (b'{"a":' * 100_000, "200000 keys, lists and objects"),
+        (b"[" + b"0," * 300_000 + b"0]", "300000 commas"),
     ],
 )
 def test_strict_json_refuses(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         strict_json(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" + b",".join([b"{}"] * (MAX_JSON_NODES + 1)) + b"]",
+        b"[" + b",".join([b"1.5"] * (MAX_JSON_COMMAS + 2)) + b"]",
+        b"{" + b",".join(b'"%d":0' % key for key in range(MAX_JSON_NODES)) + b"}",
+    ],
+    ids=["objects", "numbers", "keys"],
+)
+def test_what_would_take_long_to_parse_is_not_parsed(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("json.loads", lambda *_, **__: pytest.fail("parsed"))
+    with pytest.raises(ValueError, match="expected at most"):
+        strict_json(data)
+
+
+def test_what_is_within_the_bounds_is_parsed() -> None:
+    assert len(strict_json(b"[" + b",".join([b"0"] * MAX_JSON_COMMAS) + b"]")) == MAX_JSON_COMMAS
+    assert len(strict_json(b"[" + b",".join([b"[]"] * (MAX_JSON_NODES - 1)) + b"]")) == MAX_JSON_NODES - 1
 
 
 def test_canonical_json_has_one_spelling() -> None:

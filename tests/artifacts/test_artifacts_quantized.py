@@ -168,7 +168,7 @@ def test_missing_file_names_the_stage(tmp_path: Path) -> None:
 
 def test_other_things_are_no_quantized_file(tmp_path: Path) -> None:
     make_calibration(tmp_path / "c")
-    with pytest.raises(ArtifactError, match="is a folder, expected a quantized file"):
+    with pytest.raises(ArtifactError, match=r"is a folder without `qmamba\.json`"):
         read_quantized(tmp_path / "c")
     with pytest.raises(ArtifactError, match="a safetensors file but no quantized one"):
         read_quantized(tmp_path / "c" / "scales.safetensors")

@@ -221,7 +221,7 @@ def test_hostile_header(document: object, data: bytes, message: str) -> None:
         (pack(b"\xff\xfe"), "not UTF-8"),
         (pack(b"{} x"), "not valid JSON"),
         (pack(b'{"a":{},"a":{}}'), "given twice"),
-        (pack(b'{"a":' * 50_000), "nested too deeply"),
+        (pack(b'{"a":' * 15_000), "nested too deeply"),
         (pack(b'{"a":{"dtype":' + b"[" * 900 + b"]" * 900 + b',"shape":[],"data_offsets":[0,0]}}'), "dtype"),
         (pack(b'{"a":{"dtype":"U8","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,0]}}'), "limit"),
         (pack(b'{"a":{"dtype":"U8","shape":[1e999],"data_offsets":[0,0]}}'), "no valid shape"),

@@ -377,3 +377,14 @@ def test_random_model_has_no_equal_tensors() -> None:
     tensors = list(expected_tensors(random_model()).values())
     for i, first in enumerate(tensors):
         assert not any(torch.equal(first, second) for second in tensors[i + 1 :])
+
+
+def test_a_header_beyond_any_model_is_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tensors, or a header of a claimed hundred megabytes: refused before the library parses them."""
+    huggingface_folder(tmp_path)
+    monkeypatch.setattr("qmamba_cli.artifacts.weight_files.safe_open", lambda *_, **__: pytest.fail("parsed"))
+    row = b'{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    many = b"{" + b",".join(b'"%d":%s' % (number, row) for number in range(5_000)) + b"}"
+    for header in (many, b" " * (5 << 20)):
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        assert "more than any model has" in refusal(tmp_path).message

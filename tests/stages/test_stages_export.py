@@ -137,7 +137,7 @@ def test_the_file_needs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Alone in a folder, with the demo model out of reach, it still runs."""
     shutil.copy(artifacts().w4, tmp_path / "alone")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qmamba_cli.stages.run.open_checkpoint", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("qmamba_cli.stages.load.open_checkpoint", lambda *_, **__: pytest.fail("opened"))
     loaded = load_model(ModelOptions(mode=MODES["0"], checkpoint=Path("alone")))
     results, _ = run_task(loaded, TaskOptions(task="lastword", limit=1))
     assert results["qmamba"]["artifact"]["digest"] == read_quantized_manifest(artifacts().w4).content_digest

@@ -21,15 +21,17 @@ _LARGEST = 2**31 - 1
 _REQUIRED = object()
 
 
-def read_config(folder: Path, source: str) -> MambaConfig:
+def read_config(folder: Path, source: str, *, quantized: bool = False) -> MambaConfig:
     """The architecture a checkpoint folder's config.json describes.
 
     Args:
         folder: the checkpoint.
         source: how messages name it.
+        quantized: whether the weights beside it may be quantized.
 
     Raises:
-        CheckpointError: config.json is missing, no JSON object, of another architecture or has a bad value.
+        CheckpointError: config.json is missing, no JSON object, of another architecture or has a bad value,
+            or the weights are quantized and may not be.
     """
     path = folder / "config.json"
     try:
@@ -52,12 +54,46 @@ def read_config(folder: Path, source: str) -> MambaConfig:
         raise CheckpointError(
             f"config.json of `{source}` is no JSON object, got `{type(document).__name__}`, expected one"
         )
+    if not quantized and document.get("quantization_config") is not None:
+        raise _quantized(document["quantization_config"], source)
     values = _Values(document, f"config.json of `{source}`")
     if document.get("model_type") == "mamba":
         return _from_huggingface(values)
     if "model_type" not in document and "d_model" in document and "n_layer" in document:
         return _from_mamba_ssm(values)
     raise _unsupported(document, source)
+
+
+def huggingface_config(config: MambaConfig) -> dict[str, Any]:
+    """config.json of a model in transformers' form, the inverse of what `read_config` makes of it."""
+    return {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "hidden_act": "silu",
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_inner,
+        "num_hidden_layers": config.n_layer,
+        "vocab_size": config.vocab_size,
+        "state_size": config.d_state,
+        "conv_kernel": config.d_conv,
+        "time_step_rank": config.dt_rank,
+        "layer_norm_epsilon": config.norm_eps,
+        "use_conv_bias": config.conv_bias,
+        "use_bias": config.proj_bias,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+    }
+
+
+def _quantized(settings: object, source: str) -> CheckpointError:
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method == "qmamba":
+        hint = "run it with `qmamba run --checkpoint DIR`, or name the float model it was made from"
+    else:
+        hint = "name the float model it was made from"
+    by = f" by `{method}`" if isinstance(method, str) else ""
+    return CheckpointError(f"`{source}` is quantized{by}, expected a float checkpoint", hint=hint)
 
 
 def _unsupported(document: Mapping[str, Any], source: str) -> CheckpointError:

@@ -8,6 +8,7 @@ from qmamba_cli.errors import CheckpointError
 TOKENIZER_JSON = "tokenizer.json"
 # Kept beside tokenizer.json where the checkpoint has them.
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (TOKENIZER_JSON, *_COMPANIONS)
 # Any of these shows a tokenizer in an older form that transformers can convert.
 _OLDER_FORMS = ("vocab.json", "vocab.txt", "*.model")
 _HINT = "name a folder or a Hub id that has one with `--tokenizer`"

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,13 @@ from typing import Any, NoReturn
 from qmamba_cli.errors import QmambaError
 
 _SHOWN_LENGTH = 80
+# Between two looks at a lock that another writer holds.
+_POLL_SECONDS = 0.01
+# Bounds of JSON from anyone, so that parsing it takes less than a tenth of a second: keys, lists and objects
+# together, and commas, which a flat list of numbers may have many of. The manifest and the header of a model
+# of 64 layers need half of the first.
+MAX_JSON_NODES = 1 << 15
+MAX_JSON_COMMAS = 1 << 18
 # What a write can fail with through no fault of the program, and the next step.
 _WRITE_HINTS = {
     errno.ENOSPC: "free some space or choose a path on another disk",
@@ -70,13 +78,32 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+def json_excess(data: bytes) -> str:
+    """What JSON has more of than a reader here takes, with both numbers; empty where it keeps the bounds.
+
+    Marks inside strings count as well: telling them apart would be parsing.
+
+    >>> json_excess(b'{"a":' * 50_000)
+    '100000 keys, lists and objects, expected at most 32768'
+    """
+    nodes = sum(data.count(mark) for mark in (b":", b"[", b"{"))
+    if nodes > MAX_JSON_NODES:
+        return f"{nodes} keys, lists and objects, expected at most {MAX_JSON_NODES}"
+    commas = data.count(b",")
+    return f"{commas} commas, expected at most {MAX_JSON_COMMAS}" if commas > MAX_JSON_COMMAS else ""
+
+
 def strict_json(data: bytes) -> Any:
     """Parse JSON that may come from anyone.
 
     Raises:
-        ValueError: not UTF-8, not JSON, nested too deeply, a key given twice, NaN or infinity, or an
-            integer of more than a few thousand digits.
+        ValueError: beyond the bounds of `json_excess`, not UTF-8, not JSON, nested too deeply, a key given
+            twice, NaN or infinity, or an integer of more than a few thousand digits.
     """
+    # First, and at the speed of memory: what follows takes a hundred times as long a byte.
+    excess = json_excess(data)
+    if excess:
+        raise ValueError(excess)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value: dict[str, Any] = {}
@@ -154,11 +181,16 @@ def check_output(path: Path, *, force: bool, directory: bool = False, known: Col
 
 
 @contextmanager
-def atomic_file(path: Path, *, force: bool) -> Iterator[Path]:
+def atomic_file(path: Path, *, force: bool, patience: float = 0.0) -> Iterator[Path]:
     """Write a file beside ``path`` and rename it when the block ends well.
 
     The block gets the path of an empty file to fill. When it raises, that file is removed and ``path`` is as
     it was. Missing parent folders are made; leftovers of a killed writer of the same path are removed.
+
+    Args:
+        path: the file to make.
+        force: whether an existing file may be replaced.
+        patience: seconds to wait for another process that is writing ``path``.
 
     Raises:
         QmambaError: ``path`` exists and ``force`` is false, it is no regular file, another process is
@@ -166,7 +198,7 @@ def atomic_file(path: Path, *, force: bool) -> Iterator[Path]:
     """
     check_output(path, force=force)
     target = _real(path)
-    with _sole_writer(path, target):
+    with _sole_writer(path, target, patience):
         _require_free(path, target, force=force, directory=False)
         temporary = _sibling(target, "tmp")
         temporary.touch(exist_ok=False)
@@ -255,12 +287,12 @@ def _leftovers(target: Path, role: str) -> list[Path]:
 
 
 @contextmanager
-def _sole_writer(path: Path, target: Path) -> Iterator[None]:
+def _sole_writer(path: Path, target: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the target's lock, with the leftovers of writers that are gone cleared away."""
     lock = target.with_name(f".{target.name}.qmamba-lock")
     with _reported(path, target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(lock, path)
+        descriptor = _acquire(lock, path, patience)
         try:
             _clear_leftovers(target)
             yield
@@ -271,7 +303,8 @@ def _sole_writer(path: Path, target: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _acquire(lock: Path, path: Path) -> int:
+def _acquire(lock: Path, path: Path, patience: float) -> int:
+    deadline = time.monotonic() + patience
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
@@ -281,6 +314,9 @@ def _acquire(lock: Path, path: Path) -> int:
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
+            if time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)
+                continue
             raise QmambaError(
                 f"another process is writing `{path}`",
                 hint="wait for it to end, or choose another path or `--workdir`",

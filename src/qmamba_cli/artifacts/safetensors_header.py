@@ -20,8 +20,8 @@ from qmamba_cli.errors import ArtifactError
 
 # The data starts at a multiple of this, and so does every tensor whose size is one.
 ALIGNMENT = 64
-# A header of 16 MiB describes some 100 000 tensors; parsing a larger one would cost memory for nothing.
-MAX_HEADER_BYTES = 1 << 24
+# Ten times what a model of 64 layers needs; `files.json_excess` bounds what may be in it.
+MAX_HEADER_BYTES = 1 << 22
 MAX_RANK = 8
 # Bounds the product of the dimensions, empty ones left out, so that no stride overflows.
 MAX_ELEMENTS = 1 << 40
@@ -86,13 +86,18 @@ class Header:
         infos: name → dtype and shape, in the order of the data.
         offsets: name → first byte and one past the last, counted from the start of the file.
         metadata: the strings under ``__metadata__``.
-        canonical: whether the header is spelled and ordered as `write_safetensors` does it.
+        stored: length and header as they are in the file.
     """
 
     infos: Mapping[str, TensorInfo]
     offsets: Mapping[str, tuple[int, int]]
     metadata: Mapping[str, str]
-    canonical: bool
+    stored: bytes
+
+    @property
+    def canonical(self) -> bool:
+        """Whether the header is spelled and ordered as `write_safetensors` does it."""
+        return self.stored == render_header(self.infos, self.metadata)
 
 
 def parse_header(data: "bytes | mmap.mmap", source: str) -> Header:
@@ -133,7 +138,7 @@ def parse_header(data: "bytes | mmap.mmap", source: str) -> Header:
         infos=MappingProxyType(infos),
         offsets=MappingProxyType({name: (start + begin, start + end) for name, (_, (begin, end)) in ordered}),
         metadata=MappingProxyType(metadata),
-        canonical=data[:start] == render_header(infos, metadata),
+        stored=bytes(data[:start]),
     )
 
 

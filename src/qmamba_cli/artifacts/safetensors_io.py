@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from qmamba_cli.artifacts.files import reading, sha256_bytes, shown
+from qmamba_cli.artifacts.files import json_excess, reading, sha256_bytes, shown
 from qmamba_cli.artifacts.safetensors_header import (
     DTYPES,
     LENGTH_BYTES,
@@ -210,10 +210,12 @@ def write_safetensors(
     placeholder = header()
     if len(placeholder) - LENGTH_BYTES > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {len(placeholder)} bytes exceeds the limit of {MAX_HEADER_BYTES}")
+    if excess := json_excess(placeholder):
+        raise ValueError(f"a header that no reader takes: {excess}")
     with path.open("wb") as file:
         file.write(placeholder)
         for name, info in infos.items():
-            data = _payload(name, tensors[name], info)
+            data = payload(name, tensors[name], info)
             digests[name] = sha256_bytes(data)
             file.write(data)
         final = header()
@@ -231,8 +233,17 @@ def _require_writable(infos: Mapping[str, TensorInfo]) -> None:
             raise ValueError(f"tensor `{name}` {info.shape} cannot be written to a safetensors file")
 
 
-def _payload(name: str, value: TensorSource, info: TensorInfo) -> memoryview:
-    """The bytes of one tensor, little-endian and row by row; a copy only where the layout needs one."""
+def payload(name: str, value: TensorSource, info: TensorInfo) -> memoryview:
+    """The bytes of one tensor, little-endian and row by row; a copy only where the layout needs one.
+
+    Args:
+        name: of the tensor, for messages.
+        value: the tensor.
+        info: what it was announced as.
+
+    Raises:
+        ValueError: a `LazyTensor` returns something else.
+    """
     if isinstance(value, LazyTensor):
         value = value.load()
         if describe(value) != info:

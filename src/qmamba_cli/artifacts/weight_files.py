@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qmamba_cli.artifacts.files import json_excess
+from qmamba_cli.artifacts.safetensors_header import MAX_HEADER_BYTES
 from qmamba_cli.errors import CheckpointError
 
 # (one file, index of a sharded set), the preferred format first.
@@ -81,12 +83,16 @@ class SafetensorsFile:
         self.path = path
         self._label = label
         try:
+            with path.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                text = file.read(min(header_bytes, MAX_HEADER_BYTES + 1))
+            # Before the library, which would parse a hundred megabytes.
+            if len(text) > MAX_HEADER_BYTES or json_excess(text):
+                raise ValueError(f"a header of {header_bytes} bytes that describes more than any model has")
             # The library's checks of the header and of the file's length; the mapping it makes is read-only.
             with safe_open(path, framework="np"):
                 pass
-            with path.open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(header_bytes))
+            header = json.loads(text)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{label} cannot be read, got `{error}`, expected a whole safetensors file",

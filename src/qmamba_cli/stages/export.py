@@ -1,6 +1,6 @@
-"""Stage 2: checkpoint and calibration to one self-contained quantized file."""
+"""Stage 2: checkpoint and calibration to one self-contained quantized file, or to a folder for the Hub."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,25 +9,34 @@ import torch
 
 from qmamba_cli.artifacts.calibration import CalibrationArtifact, read_calibration
 from qmamba_cli.artifacts.checkpoint import Checkpoint, open_checkpoint
+from qmamba_cli.artifacts.checkpoint_tokenizer import TOKENIZER_FILES
+from qmamba_cli.artifacts.entries import FILES_PREFIX
 from qmamba_cli.artifacts.files import check_output
+from qmamba_cli.artifacts.folder import known_entries, write_folder
 from qmamba_cli.artifacts.manifest import (
     CalibrationReference,
     QuantizationRecord,
     QuantizedManifest,
+    SiteRecord,
     library_versions,
     tool_version,
 )
 from qmamba_cli.artifacts.quantized import write_quantized
+from qmamba_cli.artifacts.safetensors_header import TensorInfo
+from qmamba_cli.artifacts.safetensors_io import TensorSource
 from qmamba_cli.artifacts.workdir import Workdir
 from qmamba_cli.config import MambaConfig
-from qmamba_cli.errors import ArtifactError, CheckpointError
+from qmamba_cli.errors import ArtifactError, CheckpointError, UsageError
 from qmamba_cli.model.quantize import Recipe, planned_tensors, quantized_tensors, weight_schemes
 from qmamba_cli.progress import Progress, silent
+from qmamba_cli.quant.grid import scale_from_absmax
 from qmamba_cli.quant.observers import ObserverSet, Reduction
 from qmamba_cli.sites import SITES, site_key
 from qmamba_cli.stages.calibrate import site_records
 from qmamba_cli.stages.common import model_record
-from qmamba_cli.stages.parts import Part, bits_per_weight, parts_of
+from qmamba_cli.stages.folder import FolderOptions, card_results, model_card
+from qmamba_cli.stages.parts import Part, bits_per_weight, export_memory, parts_of
+from qmamba_cli.stages.recipes import fitted_blocks, least_error_absmaxes, least_error_records
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +44,8 @@ class ExportOptions:
     """What `export` is asked; the defaults are the command line's.
 
     Attributes:
-        out: the file to write.
+        out: the file to write, or the folder.
+        folder: write a model folder, with these options; None for one file.
         workdir: the work folder.
         recipe: formats of the weights.
         alpha: quantile of the Percentile sites, or None for the calibration's.
@@ -44,9 +54,11 @@ class ExportOptions:
         tokenizer: a folder or Hub id to take the tokenizer from, or None for the model's own.
         force: replace an existing file.
         offline: use only the Hub's local cache.
+        device: where the best recipe runs the calibration's text: auto, cpu or cuda.
     """
 
     out: Path
+    folder: FolderOptions | None = None
     workdir: Path = Path("qmamba-artifacts")
     recipe: Recipe = field(default_factory=Recipe)
     alpha: float | None = None
@@ -55,6 +67,7 @@ class ExportOptions:
     tokenizer: str | None = None
     force: bool = False
     offline: bool = False
+    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +75,15 @@ class ExportReport:
     """What `export` made, or would make.
 
     Attributes:
-        path: the file.
-        digest: its content digest; empty after a dry run.
-        bytes: size of the file; after a dry run, of the data in it.
+        path: the file or folder.
+        digest: its content digest, the same for both; empty after a dry run.
+        bytes: size of the file, or of the files in the folder; after a dry run, of the data in it.
         bits_per_weight: over the whole model, scales included, tokenizer not.
         parts: sizes, largest first.
+        sizes: tensor → bytes, the tokenizer's files included.
+        files: number of files.
+        memory_bytes: memory that the work takes beside the program itself, about.
+        config: sizes of the model.
     """
 
     path: Path
@@ -74,23 +91,29 @@ class ExportReport:
     bytes: int
     bits_per_weight: float
     parts: tuple[Part, ...]
+    sizes: Mapping[str, int]
+    files: int
+    memory_bytes: int
+    config: MambaConfig
 
 
 def export(options: ExportOptions, *, progress: Progress = silent, dry_run: bool = False) -> ExportReport:
-    """Quantize the weights, join them with the activation scales and write one file.
+    """Quantize the weights, join them with the activation scales and write one file or one folder.
 
     Reads the calibration artifact and the checkpoint it was made for; writes ``options.out`` as a whole or
-    not at all, and records it in the work folder. Identical inputs give an identical file.
+    not at all, and records it in the work folder. Identical inputs give identical bytes. One layer is in
+    memory at a time: what is quantized waits on the disk of ``options.out``, in a file of the same size.
 
     Raises:
         UsageError: an option is out of range.
         ArtifactError: the calibration is damaged or belongs to another checkpoint.
         QmambaError: the model or the output cannot be used.
     """
-    check_output(options.out, force=options.force)
+    _check_output(options)
     workdir = Workdir(options.workdir)
     calibration_path = options.calibration or workdir.resolve_calibration().path
     calibration = read_calibration(calibration_path)
+    results = () if options.folder is None else card_results(options.folder, calibration.manifest)
     observers = ObserverSet.from_arrays(
         calibration.statistics,
         MambaConfig.from_dict(dict(calibration.manifest.model.config)).n_layer,
@@ -98,30 +121,62 @@ def export(options: ExportOptions, *, progress: Progress = silent, dry_run: bool
         reduction=Reduction(calibration.manifest.reduction),
     )
     alpha = calibration.manifest.alpha if options.alpha is None else options.alpha
-    scales = observers.scales(alpha)
+    best = options.recipe.method == "best"
+    if best and options.alpha is not None:
+        raise UsageError(
+            f"`--alpha` belongs to `--recipe plain`, got {options.alpha} with `--recipe best`",
+            hint="leave `--alpha` out: the best recipe chooses every clip from the histograms",
+        )
+    absmaxes = least_error_absmaxes(observers) if best else observers.absmaxes(alpha)
+    scales = {key: scale_from_absmax(absmax) for key, absmax in absmaxes.items()}
     checkpoint = _matching_checkpoint(options, calibration, calibration_path)
     files = checkpoint.tokenizer_files
     if dry_run:
         sizes = planned_tensors(checkpoint.config, options.recipe, _log_dtype(checkpoint))
         sizes |= {name: row.nbytes for name, row in scale_tensors(scales, checkpoint.config.n_layer).items()}
-        sizes |= {f"files/{name}": len(data) for name, data in files.items()}
-        return _report(options.out, "", sum(sizes.values()), sizes, checkpoint.config)
+        return _report(options, "", sizes, files, checkpoint.config)
 
-    tensors: dict[str, torch.Tensor | np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {}
+    def tensors(advance: Callable[[int], None]) -> Iterator[tuple[str, TensorSource]]:
+        yield from quantized_tensors(
+            checkpoint.config, checkpoint.load, options.recipe, blocks=blocks, on_layer=lambda: advance(1)
+        )
+        yield from scale_tensors(scales, checkpoint.config.n_layer).items()
+
+    records = least_error_records(observers, absmaxes) if best else site_records(observers, alpha)
+    manifest = _manifest(options, calibration, records, checkpoint, alpha)
+    blocks = fitted_blocks(options, checkpoint, calibration.manifest, scales, progress) if best else None
     with progress("quantizing layers", checkpoint.config.n_layer) as advance:
-        for name, tensor in quantized_tensors(
-            checkpoint.config, checkpoint.load, options.recipe, on_layer=lambda: advance(1)
-        ):
-            tensors[name] = tensor
-    tensors |= scale_tensors(scales, checkpoint.config.n_layer)
-    manifest = _manifest(options, calibration, observers, checkpoint, alpha)
-    written = write_quantized(
-        options.out, tensors=tensors, files=files, manifest=manifest, force=options.force
-    )
+        if options.folder is None:
+            written = write_quantized(
+                options.out, tensors=tensors(advance), files=files, manifest=manifest, force=options.force
+            )
+        else:
+            base_model = options.folder.base_model
+            written = write_folder(
+                options.out,
+                tensors=tensors(advance),
+                files=files,
+                manifest=manifest,
+                card=lambda sealed: model_card(sealed, results, base_model),
+                max_shard_bytes=options.folder.max_shard_bytes,
+                force=options.force,
+            )
     workdir.record_export(options.out, written.content_digest)
-    sizes = {name: int(tensor.nbytes) for name, tensor in tensors.items()}
-    sizes |= {f"files/{name}": len(data) for name, data in files.items()}
-    return _report(options.out, written.content_digest, options.out.stat().st_size, sizes, checkpoint.config)
+    sizes = {
+        name: TensorInfo(record.dtype, record.shape).nbytes
+        for name, record in written.tensors.items()
+        if not name.startswith(FILES_PREFIX)
+    }
+    return _report(options, written.content_digest, sizes, files, checkpoint.config)
+
+
+def _check_output(options: ExportOptions) -> None:
+    if options.folder is None:
+        check_output(options.out, force=options.force)
+    else:
+        # The tokenizer's names are not known yet; the writer looks again, with them.
+        known = known_entries(options.out, TOKENIZER_FILES)
+        check_output(options.out, force=options.force, directory=True, known=known)
 
 
 def scale_tensors(
@@ -167,7 +222,7 @@ def _matching_checkpoint(
 def _manifest(
     options: ExportOptions,
     calibration: CalibrationArtifact,
-    observers: ObserverSet,
+    sites: dict[str, SiteRecord],
     checkpoint: Checkpoint,
     alpha: float,
 ) -> QuantizedManifest:
@@ -190,20 +245,30 @@ def _manifest(
             ignore=list(recipe.ignore),
             weights=schemes,
         ),
-        sites=site_records(observers, alpha),
+        sites=sites,
         created_by=library_versions(),
     )
 
 
 def _report(
-    path: Path, digest: str, size: int, sizes: Mapping[str, int], config: MambaConfig
+    options: ExportOptions,
+    digest: str,
+    tensors: Mapping[str, int],
+    files: Mapping[str, bytes],
+    config: MambaConfig,
 ) -> ExportReport:
+    sizes = {**tensors, **{f"{FILES_PREFIX}{name}": len(data) for name, data in files.items()}}
+    stored = [options.out] if options.out.is_file() else list(options.out.glob("*"))
     return ExportReport(
-        path=path,
+        path=options.out,
         digest=digest,
-        bytes=size,
+        bytes=sum(path.stat().st_size for path in stored) if digest else sum(sizes.values()),
         bits_per_weight=bits_per_weight(sizes, config),
         parts=parts_of(sizes, config),
+        sizes=sizes,
+        files=len(stored) if digest else 1,
+        memory_bytes=export_memory(config),
+        config=config,
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from qmamba_cli.config import MambaConfig
 
 FILES_PART = "tokenizer files"
+# Rows of a matrix that are rotated at a time, see model/prepare.py.
+_ROTATED_ROWS = 8192
 _FILES_PREFIX = "files/"
 # Part → what the names of its tensors hold, in a float checkpoint and in a quantized file alike.
 _PATTERNS: Mapping[str, tuple[str, ...]] = {
@@ -67,6 +69,24 @@ def bits_per_weight(sizes: Mapping[str, int], config: MambaConfig) -> float:
     """Stored bits a parameter over the whole model, scales included, the tokenizer's files left out."""
     stored = sum(size for name, size in sizes.items() if not name.startswith(_FILES_PREFIX))
     return 8 * stored / sum(math.prod(shape) for shape in config.tensor_shapes().values())
+
+
+def export_memory(config: MambaConfig) -> int:
+    """Bytes that quantizing takes beside the program itself, about: the largest table, or one block.
+
+    A table is read whole in float32, looked at once for values that are not finite (a byte each) and kept
+    quantized while it is written. A block is held in float32 while its largest matrix is rotated in float64,
+    of which the transform has about four copies.
+    """
+    d_model, d = config.d_model, config.d_inner
+    table = config.vocab_size * d_model * (4 + 1 + 1)
+    block = 4 * sum(
+        math.prod(shape)
+        for name, shape in config.tensor_shapes().items()
+        if name.startswith("backbone.layers.0.")
+    )
+    rotated = 8 * 4 * d_model * max(min(2 * d, _ROTATED_ROWS), d)
+    return max(table, block + 4 * 2 * d * d_model + rotated)
 
 
 def _part(name: str) -> str:
