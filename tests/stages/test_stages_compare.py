@@ -11,10 +11,11 @@ import pytest
 from command_line import artifacts, copied, done, edit_json, model_folder, qmamba, refused, tree
 
 from qmamba_cli.errors import ArtifactError, UsageError
+from qmamba_cli.html.compare import groups as twins_of
 from qmamba_cli.modes import MODES
 from qmamba_cli.resources import calib_data_path
 from qmamba_cli.stages import compare as stage
-from qmamba_cli.stages.compare import CompareOptions, Comparison, compare, distinct
+from qmamba_cli.stages.compare import CompareOptions, Comparison, compare
 from qmamba_cli.stages.gates import junit_xml
 from qmamba_cli.stages.lineup import plan_entries
 from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_task
@@ -68,7 +69,7 @@ def test_running_text_is_that_of_run_to_the_last_digit(text: Comparison, mode: s
 
 
 def test_the_laws_appear_as_equalities(words: Comparison) -> None:
-    groups = list(distinct(words.results))
+    groups = twins_of(words.results)
     assert sorted(name for group in groups for name in group) == sorted(MODES)
     assert any({"0", "2-0"} <= set(group) for group in groups)
     assert any({"2-1", "2-2", "2-3"} <= set(group) for group in groups)

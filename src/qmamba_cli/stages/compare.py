@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -330,17 +330,3 @@ def _provenance(
         "versions": library_versions(),
         "threads": torch.get_num_threads(),
     }
-
-
-def distinct(results: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Names of the modes of a comparison, those with the same bits in one list."""
-    twins: dict[str, list[str]] = {}
-    for pair in results["pairs"]:
-        if pair["identical"]:
-            twins.setdefault(pair["a"], []).append(pair["b"])
-    seen: set[str] = set()
-    for name in results["modes"]:
-        if name not in seen:
-            group = [name, *twins.get(name, [])]
-            seen.update(group)
-            yield group

@@ -23,10 +23,10 @@ def show_comparison(comparison: "Comparison", *, output: Path | None, as_json: b
 
         console.write(to_json(results))
     else:
-        from qmamba_cli.stages.compare import distinct
+        from qmamba_cli.html.compare import groups as twins_of
 
         _table(results)
-        groups = list(distinct(results))
+        groups = twins_of(results)
         _verdicts(results, groups)
     for note in comparison.notes:
         console.note(note)
