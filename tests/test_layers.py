@@ -84,7 +84,7 @@ NO_FILES = {"errors", "progress", "config", "sites", "modes", "quant", "model", 
 FILE_MODULES = {"io", "os", "pathlib", "shutil", "tempfile", "safetensors", "json"}
 # Files of the kernels that may import CuPy; NVRTC by itself compiles where there is no GPU.
 CUPY = {
-    "cupy": {"cuda.py", "_launch.py"},
+    "cupy": {"cuda.py", "_launch.py", "_cache.py"},
     "cupy_backends": {"cuda.py", "_launch.py", "_compile.py"},
 }
 CONSOLE_ONLY = {"typer", "rich", "click"}

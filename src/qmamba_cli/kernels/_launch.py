@@ -1,4 +1,4 @@
-"""Compiling and launching CUDA kernels through CuPy; the one module that imports it.
+"""Launching CUDA kernels through CuPy.
 
 torch owns memory and streams: a launch takes torch tensors, runs on the current stream of their device and is
 captured by a CUDA graph like any other kernel.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from qmamba_cli.errors import DeviceError, QmambaError, ShapeError
-from qmamba_cli.kernels._source import COMPILE_OPTIONS, kernel_source
+from qmamba_cli.kernels._cache import raw_module
 from qmamba_cli.progress import notice
 
 # A pointer, a scalar whose width is spelled out (a bare Python number would be passed as 64 bits), or null.
@@ -107,9 +107,7 @@ def _kernel(source: str, entry: str, device_index: int) -> Any:
     """One instance on one device; a source is compiled once for each of its instances."""
     cupy = _cupy()
     with cupy.cuda.Device(device_index):
-        module = cupy.RawModule(
-            code=kernel_source(source), options=COMPILE_OPTIONS, name_expressions=(entry,), backend="nvrtc"
-        )
+        module = raw_module(source, entry)
         started = time.perf_counter()
         try:
             kernel = module.get_function(entry)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from qmamba_cli.kernels._compile import ARCHITECTURES, compile_all
+from qmamba_cli.kernels._cache import fill
+from qmamba_cli.kernels._compile import ARCHITECTURES, compile_all, entries
 from qmamba_cli.kernels._compile import Compiled as Compiled
 from qmamba_cli.kernels.backend import CPU, Backend, select_backend
 from qmamba_cli.progress import Progress, silent
@@ -54,7 +55,10 @@ def selftest(*, progress: Progress = silent) -> tuple[list[Outcome], float]:
     """
     ops = select_backend("cuda")
     rows, outcomes = cases(), []
-    with progress("compiling and checking kernels", len(rows)) as advance:
+    instances = [(source, entry) for source, names in entries().values() for entry in names]
+    with progress("compiling kernels", len(instances)) as advance:
+        fill(instances, ops.device.index or 0, advance)
+    with progress("checking kernels", len(rows)) as advance:
         for case in rows:
             outcomes.append(run_case(case, ops))
             advance(1)

@@ -1,0 +1,45 @@
+"""Kernels compiled side by side into CuPy's cache."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from qmamba_cli.kernels import _cache, _compile
+
+INSTANCES = [(source, names[0]) for source, names in _compile.entries().values()]
+
+
+def test_what_does_not_compile_here_is_left_to_its_first_launch(monkeypatch):
+    # No GPU is visible to the processes, so that none of them can compile.
+    pytest.importorskip("cupy")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    counted = []
+    assert _cache.fill(INSTANCES[:3], 0, counted.append) == 0
+    assert counted == [1, 1, 1]
+
+
+def test_one_processor_compiles_when_it_launches(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert _cache.fill(INSTANCES, 0, lambda _done: pytest.fail("nothing is compiled")) == 0
+
+
+@pytest.mark.gpu
+def test_processes_fill_the_cache_that_launches_read(tmp_path):
+    code = (
+        "from qmamba_cli.kernels import _cache, _compile\n"
+        "work = [(source, names[0]) for source, names in _compile.entries().values()]\n"
+        "if __name__ == '__main__':\n"
+        "    print(_cache.fill(work, 0, lambda _done: None))\n"
+        "    from qmamba_cli.kernels import _launch\n"
+        "    for pair in work:\n"
+        "        _launch._kernel(*pair, 0)\n"
+        "    print(len(_launch._TOLD))\n"
+    )
+    script = tmp_path / "fill.py"
+    script.write_text(code)
+    env = {**os.environ, "CUPY_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=True)
+    # Every instance was filled, and none of the launches' own compilations took long enough to be told of.
+    assert done.stdout.split() == [str(len(INSTANCES)), "0"], done.stderr
