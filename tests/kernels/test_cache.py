@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from qmamba_cli.kernels import _cache, _compile
 
-INSTANCES = [(source, names[0]) for source, names in _compile.entries().values()]
+INSTANCES = [(source, names[0]) for source, names in _compile.entries("sm_90").values()]
 
 
 def test_what_does_not_compile_here_is_left_to_its_first_launch(monkeypatch):
@@ -29,10 +30,12 @@ def test_one_processor_compiles_when_it_launches(monkeypatch):
 def test_processes_fill_the_cache_that_launches_read(tmp_path):
     code = (
         "from qmamba_cli.kernels import _cache, _compile\n"
-        "work = [(source, names[0]) for source, names in _compile.entries().values()]\n"
+        "work = [(source, names[0]) for source, names in _compile.entries('sm_90').values()]\n"
         "if __name__ == '__main__':\n"
         "    print(_cache.fill(work, 0, lambda _done: None))\n"
+        "    import cupy\n"
         "    from qmamba_cli.kernels import _launch\n"
+        "    cupy.zeros(1)\n"
         "    for pair in work:\n"
         "        _launch._kernel(*pair, 0)\n"
         "    print(len(_launch._TOLD))\n"
@@ -43,3 +46,23 @@ def test_processes_fill_the_cache_that_launches_read(tmp_path):
     done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=True)
     # Every instance was filled, and none of the launches' own compilations took long enough to be told of.
     assert done.stdout.split() == [str(len(INSTANCES)), "0"], done.stderr
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_special_target_s_machine_code_is_compiled_once(tmp_path, monkeypatch, writable):
+    compiled = []
+
+    def machine_code(source, names, target):
+        compiled.append((source, tuple(names), target))
+        return b"\x7fELF", {name: "mangled" for name in names}
+
+    monkeypatch.setattr(_cache, "machine_code", machine_code)
+    monkeypatch.setattr(_cache, "require_nvrtc", lambda: SimpleNamespace(getVersion=lambda: (13, 0)))
+    source, entry = "linear/linear_wide.cu", "linear_wide<256>"
+    # Below a file there is no folder, for root neither.
+    (tmp_path / "file").touch()
+    folder = tmp_path / ("cache" if writable else "file") / "deep"
+    found = [_cache._special(folder, source, entry) for _ in range(2)]
+    assert [(path.read_bytes(), name) for path, name in found] == [(b"\x7fELF", "mangled")] * 2
+    assert compiled == [(source, (entry,), "sm_90a")] * (1 if writable else 2)
+    assert found[0][0].is_relative_to(folder) == writable

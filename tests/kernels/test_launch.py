@@ -53,14 +53,18 @@ def test_the_driver_s_structures_have_its_layout():
 
 
 def test_parameters_lie_where_their_addresses_say():
-    values = [np.uint64(2**63 + 5), np.int32(-3), np.float32(0.5), np.int64(-(2**40))]
+    struct = bytes(range(20))
+    values = [np.uint64(2**63 + 5), np.int32(-3), struct, np.float32(0.5), np.int64(-(2**40))]
     slots, addresses = _launch._parameters(values)
-    read = [type(value)(0) for value in values]
+    read = []
     for i, value in enumerate(values):
-        raw = ctypes.string_at(addresses[i], value.nbytes)
-        read[i] = np.frombuffer(raw, dtype=value.dtype)[0]
+        size = len(value) if isinstance(value, bytes) else value.nbytes
+        raw = ctypes.string_at(addresses[i], size)
+        read.append(raw if isinstance(value, bytes) else np.frombuffer(raw, dtype=value.dtype)[0])
     assert read == values
-    assert addresses[1] - addresses[0] == 8 and ctypes.sizeof(slots) == 32
+    # 20 bytes take three slots of 8.
+    assert [address - addresses[0] for address in addresses] == [0, 8, 16, 40, 48]
+    assert ctypes.sizeof(slots) == 56
 
 
 def launched(monkeypatch, status: int):
@@ -78,7 +82,7 @@ def launched(monkeypatch, status: int):
         return status
 
     monkeypatch.setattr(_launch, "_driver", lambda: SimpleNamespace(cuLaunchKernelEx=launch_kernel))
-    _launch._launch_overlapping(77, (128, 2, 1), (320, 1, 1), [np.int32(9)], 4096, 5, "entry")
+    _launch._launch_driver(77, (128, 2, 1), (320, 1, 1), [np.int32(9)], 4096, 5, "entry", overlap=True)
     return seen
 
 

@@ -1,26 +1,27 @@
 """Compiling kernels to machine code without a GPU, for any architecture NVRTC knows."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from qmamba_cli.errors import DeviceError, UsageError
-from qmamba_cli.kernels._source import COMPILE_OPTIONS, kernel_source
+from qmamba_cli.kernels._source import COMPILE_OPTIONS, SPECIAL_TARGETS, kernel_source
 
-# Operators that have kernels; each module lists its source and every instance it can launch.
-OPERATORS = (
-    "causal_conv1d",
-    "decode",
-    "embedding",
-    "hadamard",
-    "linear",
-    "quantize",
-    "rms_norm",
-    "selective_scan",
-)
+# Modules that have kernels; each lists its source and every instance it can launch.
+OPERATORS = {
+    "causal_conv1d": "causal_conv1d.cuda",
+    "decode": "decode.cuda",
+    "embedding": "embedding.cuda",
+    "hadamard": "hadamard.cuda",
+    "linear": "linear.cuda",
+    "linear_wide": "linear.wide",
+    "quantize": "quantize.cuda",
+    "rms_norm": "rms_norm.cuda",
+    "selective_scan": "selective_scan.cuda",
+}
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
@@ -43,10 +44,14 @@ class Compiled:
     seconds: float
 
 
-def entries() -> Mapping[str, tuple[str, tuple[str, ...]]]:
-    """Operator → its source and the name expressions of every instance it can launch."""
-    modules = {name: import_module(f"qmamba_cli.kernels.{name}.cuda") for name in OPERATORS}
-    return {name: (module.SOURCE, module.ENTRIES) for name, module in modules.items()}
+def entries(arch: str) -> Mapping[str, tuple[str, tuple[str, ...]]]:
+    """Operator → its source and the name expressions of every instance that an architecture can launch."""
+    found = {}
+    for operator, name in OPERATORS.items():
+        module = import_module(f"qmamba_cli.kernels.{name}")
+        if SPECIAL_TARGETS.get(module.SOURCE, arch).removesuffix("a") == arch:
+            found[operator] = (module.SOURCE, module.ENTRIES)
+    return found
 
 
 def compile_all(arch: str) -> Iterator[Compiled]:
@@ -58,22 +63,9 @@ def compile_all(arch: str) -> Iterator[Compiled]:
     """
     if arch not in ARCHITECTURES:
         raise UsageError(f"unknown architecture `{arch}`, expected one of {', '.join(ARCHITECTURES)}")
-    nvrtc = require_nvrtc()
-    options = (*COMPILE_OPTIONS, "-ftz=true", f"-arch={arch}", *(f"-I{path}" for path in _header_folders()))
-    for operator, (source, names) in entries().items():
+    for operator, (source, names) in entries(arch).items():
         started = time.perf_counter()
-        program = nvrtc.createProgram(kernel_source(source), source, (), ())
-        try:
-            for name in names:
-                nvrtc.addNameExpression(program, name)
-            try:
-                nvrtc.compileProgram(program, options)
-            except nvrtc.NVRTCError:
-                log = nvrtc.getProgramLog(program)
-                raise DeviceError(f"`{source}` does not compile for {arch}: {log}") from None
-            code = nvrtc.getCUBIN(program)
-        finally:
-            nvrtc.destroyProgram(program)
+        code, _ = machine_code(source, names, SPECIAL_TARGETS.get(source, arch))
         yield Compiled(
             operator=operator,
             arch=arch,
@@ -81,6 +73,35 @@ def compile_all(arch: str) -> Iterator[Compiled]:
             bytes=len(code),
             seconds=time.perf_counter() - started,
         )
+
+
+def machine_code(source: str, names: Sequence[str], target: str) -> tuple[bytes, dict[str, str]]:
+    """Instances of one source as a cubin, and the name of each in it.
+
+    Args:
+        source: path below ``qmamba_cli/kernels``.
+        names: name expressions of the instances.
+        target: as in ``sm_90`` or ``sm_90a``.
+
+    Raises:
+        DeviceError: CuPy or NVRTC is missing, or the source does not compile.
+    """
+    nvrtc = require_nvrtc()
+    options = (*COMPILE_OPTIONS, "-ftz=true", f"-arch={target}", *(f"-I{path}" for path in _header_folders()))
+    program = nvrtc.createProgram(kernel_source(source), source, (), ())
+    try:
+        for name in names:
+            nvrtc.addNameExpression(program, name)
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError:
+            log = nvrtc.getProgramLog(program)
+            raise DeviceError(f"`{source}` does not compile for {target}: {log}") from None
+        # CuPy takes off the last byte, as it does of PTX, where it is the end of a string.
+        code = nvrtc.getCUBIN(program) + b"\0"
+        return code, {name: nvrtc.getLoweredName(program, name) for name in names}
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 def require_nvrtc() -> Any:

@@ -9,17 +9,19 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from qmamba_cli.errors import DeviceError, QmambaError, ShapeError
-from qmamba_cli.kernels._cache import raw_module
+from qmamba_cli.kernels._cache import instance
 from qmamba_cli.progress import notice
 
-# A pointer, a scalar whose width is spelled out (a bare Python number would be passed as 64 bits), or null.
-Arg: TypeAlias = torch.Tensor | np.int32 | np.int64 | np.float32 | None
+# A pointer, a scalar whose width is spelled out (a bare Python number would be passed as 64 bits), null, or
+# the bytes of a struct that is passed by value.
+Arg: TypeAlias = torch.Tensor | np.int32 | np.int64 | np.float32 | bytes | None
 
 MIN_COMPUTE_CAPABILITY = (8, 0)
 _DEFAULT_SHARED_BYTES = 48 * 1024
@@ -95,9 +97,13 @@ def launch(
     values = [_value(arg) for arg in args]
     with cupy.cuda.Device(device.index or 0), _stream(stream, device.index or 0):
         _allow_shared(kernel, shared_bytes)
-        if overlap and _can_overlap(device.index or 0):
+        overlap = overlap and _can_overlap(device.index or 0)
+        if overlap:
             _prefer_shared(source, entry, device.index or 0)
-            _launch_overlapping(kernel.kernel.ptr, grid, block, values, shared_bytes, stream, entry)
+        if overlap or any(isinstance(value, bytes) for value in values):
+            _launch_driver(
+                kernel.kernel.ptr, grid, block, values, shared_bytes, stream, entry, overlap=overlap
+            )
         else:
             kernel(grid, block, tuple(values), shared_mem=shared_bytes)
 
@@ -107,10 +113,9 @@ def _kernel(source: str, entry: str, device_index: int) -> Any:
     """One instance on one device; a source is compiled once for each of its instances."""
     cupy = _cupy()
     with cupy.cuda.Device(device_index):
-        module = raw_module(source, entry)
         started = time.perf_counter()
         try:
-            kernel = module.get_function(entry)
+            kernel = instance(source, entry)
         except cupy.cuda.compiler.CompileException as error:
             raise QmambaError(f"kernel `{entry}` of `{source}` does not compile: {error}") from None
         _tell_of_compiling(time.perf_counter() - started)
@@ -171,7 +176,7 @@ class _LaunchConfig(ctypes.Structure):
     )
 
 
-def _launch_overlapping(
+def _launch_driver(
     function: int,
     grid: tuple[int, int, int],
     block: tuple[int, int, int],
@@ -179,8 +184,10 @@ def _launch_overlapping(
     shared_bytes: int,
     stream: int,
     entry: str,
+    *,
+    overlap: bool,
 ) -> None:
-    """Launch a driver function with programmatic stream serialization; the context must be current."""
+    """Launch a driver function, with or without programmatic stream serialization; its context is current."""
     attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
     ctypes.cast(attribute.value, ctypes.POINTER(ctypes.c_int))[0] = 1
     config = _LaunchConfig(
@@ -189,7 +196,7 @@ def _launch_overlapping(
         shared_bytes=shared_bytes,
         stream=stream,
         attributes=ctypes.pointer(attribute),
-        attribute_count=1,
+        attribute_count=int(overlap),
     )
     slots, addresses = _parameters(values)
     driver = _driver()
@@ -202,13 +209,14 @@ def _launch_overlapping(
 
 
 def _parameters(values: Sequence[Any]) -> tuple[Any, Any]:
-    """Sized numpy scalars in slots of 8 bytes, and the array of their addresses that the driver wants."""
-    slots = (ctypes.c_ulonglong * max(1, len(values)))()
+    """Sized numpy scalars and structs in slots of 8 bytes or more, and the addresses the driver wants."""
+    data = [value if isinstance(value, bytes) else value.tobytes() for value in values]
+    begins = [0, *accumulate(round_up(len(item), 8) for item in data)]
+    slots = ctypes.create_string_buffer(max(8, begins[-1]))
     base = ctypes.addressof(slots)
-    for i, value in enumerate(values):
-        data = value.tobytes()
-        ctypes.memmove(base + 8 * i, data, len(data))
-    addresses = (ctypes.c_void_p * max(1, len(values)))(*(base + 8 * i for i in range(len(values))))
+    for begin, item in zip(begins, data, strict=False):
+        ctypes.memmove(base + begin, item, len(item))
+    addresses = (ctypes.c_void_p * max(1, len(data)))(*(base + begin for begin in begins[:-1]))
     return slots, addresses
 
 
@@ -251,6 +259,8 @@ def _value(arg: Arg) -> Any:
         return np.uint64(0)
     if isinstance(arg, torch.Tensor):
         return np.uint64(arg.data_ptr())
+    if isinstance(arg, bytes):
+        return arg
     if not isinstance(arg, np.int32 | np.int64 | np.float32):
         raise TypeError(f"a kernel argument must be a tensor, None or a sized numpy scalar, got {type(arg)}")
     return arg
@@ -288,3 +298,50 @@ def require_cuda(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def contiguous(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor in row-major order, copied if it is not; kernels ignore strides."""
     return require_cuda(name, tensor).contiguous()
+
+
+# CUtensorMapDataType, -Swizzle and -L2promotion, of the driver's stable interface.
+_MAP_UINT8, _MAP_SWIZZLE_128, _MAP_L2_256 = 0, 3, 3
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+
+
+def byte_tiles(matrix: torch.Tensor, rows: int, columns: int) -> bytes:
+    """What the copy engine of Hopper and later is told about the tiles of a matrix of bytes: a CUtensorMap.
+
+    Tiles arrive with their 16-byte pieces swizzled in groups of eight rows of 128 bytes, and zeros outside.
+
+    Args:
+        matrix: (m, k) of one byte an element on a GPU; columns adjacent, rows on 16-byte boundaries.
+        rows: of a tile, at most 256.
+        columns: of a tile, at most 128.
+
+    Raises:
+        QmambaError: the driver is too old or refuses the matrix.
+    """
+    encode = getattr(_driver(), "cuTensorMapEncodeTiled", None)
+    if encode is None:
+        raise QmambaError(
+            "the CUDA driver has no cuTensorMapEncodeTiled, expected that of CUDA 12.0 or newer"
+        )
+    memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+    at = round_up(ctypes.addressof(memory), _MAP_ALIGNMENT)
+    wide, short = ctypes.c_uint64, ctypes.c_uint32
+    status = encode(
+        ctypes.c_void_p(at),
+        _MAP_UINT8,
+        2,
+        ctypes.c_void_p(matrix.data_ptr()),
+        (wide * 2)(matrix.shape[1], matrix.shape[0]),
+        (wide * 1)(matrix.stride(0)),
+        (short * 2)(columns, rows),
+        (short * 2)(1, 1),
+        0,
+        _MAP_SWIZZLE_128,
+        _MAP_L2_256,
+        0,
+    )
+    if status:
+        raise QmambaError(
+            f"the GPU takes no tiles of {tuple(matrix.shape)} bytes, CUDA driver error {status}"
+        )
+    return ctypes.string_at(at, _MAP_BYTES)

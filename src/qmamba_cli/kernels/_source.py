@@ -14,6 +14,9 @@ _OWN_INCLUDE = re.compile(r'^[ \t]*#include[ \t]+"(?P<header>[\w.]+)"[ \t]*$', r
 # Contraction is off so that both backends round the same expressions alike; kernels write fmaf themselves.
 COMPILE_OPTIONS = ("--std=c++17", "--fmad=false")
 
+# Sources that use what one architecture alone has, with the target that NVRTC needs for it.
+SPECIAL_TARGETS = {"linear/linear_wide.cu": "sm_90a"}
+
 
 @cache
 def kernel_source(relative_path: str) -> str:

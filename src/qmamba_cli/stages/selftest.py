@@ -55,7 +55,9 @@ def selftest(*, progress: Progress = silent) -> tuple[list[Outcome], float]:
     """
     ops = select_backend("cuda")
     rows, outcomes = cases(), []
-    instances = [(source, entry) for source, names in entries().values() for entry in names]
+    major, minor = torch.cuda.get_device_capability(ops.device)
+    kernels = entries(f"sm_{major}{minor}")
+    instances = [(source, entry) for source, names in kernels.values() for entry in names]
     with progress("compiling kernels", len(instances)) as advance:
         fill(instances, ops.device.index or 0, advance)
     with progress("checking kernels", len(rows)) as advance:

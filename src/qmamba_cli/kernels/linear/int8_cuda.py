@@ -1,18 +1,22 @@
 """int8 products on CUDA: the choice of the kernel, and what becomes of the sums."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.linear import plan as plans
+from qmamba_cli.kernels.linear import wide
 from qmamba_cli.kernels.linear.interleaved import Interleaved, Weight
 from qmamba_cli.kernels.linear.operands import SOURCE, WARP, aligned, expand, rows_of, triton_kernels
 from qmamba_cli.kernels.linear.packed import PackedInt4
 from qmamba_cli.kernels.linear.plan import SkinnyPlan, TilePlan
+from qmamba_cli.kernels.linear.wide import WidePlan
 from qmamba_cli.quant.grid import reciprocal
 
+_Plan: TypeAlias = SkinnyPlan | TilePlan | WidePlan
 _BYTES_WARPS = 4
 _BYTES_TOKENS = 8
 _EPILOGUE_THREADS = 256
@@ -72,7 +76,7 @@ def int8_linear(
     weight: Weight,
     end: Epilogue,
     *,
-    plan: SkinnyPlan | TilePlan | None = None,
+    plan: _Plan | None = None,
     direct: bool = True,
 ) -> None:
     """Choose the kernel. `plan` replaces the choice, for benchmarks, and so does ``direct=False``.
@@ -99,6 +103,10 @@ def int8_linear(
         _skinny(flat, weight, end, plan if isinstance(plan, SkinnyPlan) else None)
         return
     dense = expand(weight) if isinstance(weight, PackedInt4) else _launch.contiguous("weight", weight)
+    cut = wide.choose(flat, dense) if plan is None else plan
+    if isinstance(cut, WidePlan):
+        wide.wide_product(flat, dense, end.args, cut, split=end.split)
+        return
     if triton_kernels() is not None and tokens > 1:
         _tiled(flat, dense, end, plan if isinstance(plan, TilePlan) else None)
     elif k % 8 == 0 and dense.shape[0] % 8 == 0 and tokens > plans.MOST_SKINNY_TOKENS:
@@ -139,7 +147,7 @@ def _skinny(
     )
 
 
-def _piece_plan(tokens: int, weight: Interleaved, plan: SkinnyPlan | TilePlan | None) -> TilePlan | None:
+def _piece_plan(tokens: int, weight: Interleaved, plan: _Plan | None) -> TilePlan | None:
     """The cut of a product with pieces as they lie, or None where they must be expanded."""
     if weight.matrix.bits != 8 or tokens == 1 or triton_kernels() is None:
         return None

@@ -1,0 +1,135 @@
+"""int8 products of many tokens on Hopper GPUs: linear_wide.cu has the kernel."""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+
+from qmamba_cli.kernels import _launch
+from qmamba_cli.kernels.linear.operands import ALIGNMENT, aligned
+
+SOURCE = "linear/linear_wide.cu"
+# Rows of a tile, with the stages that fit, and with its time beside that of 256 rows, by the row, on an H200.
+_TILE_ROWS = {256: 4, 128: 6}
+_TIME = {256: 1.0, 128: 1.08}
+ENTRIES: tuple[str, ...] = tuple(f"linear_wide<{rows}>" for rows in _TILE_ROWS)
+CAPABILITY = (9, 0)
+
+_TILE_TOKENS, _STEP_COLUMNS = 128, 128
+_THREADS = 384
+# Swizzled rows begin on such a boundary.
+_STAGE_ALIGNMENT = 1024
+# Below these most of a tile is padding, or its epilogue is longer than its product.
+_LEAST_TOKENS, _LEAST_ROWS, _LEAST_COLUMNS = 256, 1024, 512
+# Share of the multiprocessors that one round of large tiles must keep busy.
+_BUSY = 0.7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidePlan:
+    """How a product is cut.
+
+    Attributes:
+        rows: of the weight in a tile.
+        blocks: of the launch, at most one a multiprocessor.
+    """
+
+    rows: int
+    blocks: int
+
+    @property
+    def entry(self) -> str:
+        """Name expression of the instance."""
+        return f"linear_wide<{self.rows}>"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return _TILE_ROWS[self.rows] * (_TILE_TOKENS + self.rows) * _STEP_COLUMNS + _STAGE_ALIGNMENT
+
+
+@lru_cache(maxsize=1024)
+def wide_plan(tokens: int, rows: int, processors: int) -> WidePlan | None:
+    """The tile whose rounds of all blocks take the least time, or None where smaller tiles do better.
+
+    >>> wide_plan(8192, 10240, 132)
+    WidePlan(rows=256, blocks=132)
+    >>> wide_plan(1024, 10240, 132)
+    WidePlan(rows=128, blocks=132)
+    """
+
+    def tiles(tile_rows: int) -> int:
+        return -(-tokens // _TILE_TOKENS) * -(-rows // tile_rows)
+
+    def cost(tile_rows: int) -> float:
+        return -(-tiles(tile_rows) // processors) * tile_rows * _TIME[tile_rows]
+
+    best = min(_TILE_ROWS, key=cost)
+    count = tiles(best)
+    if best == max(_TILE_ROWS) and count < _BUSY * processors:
+        return None
+    return WidePlan(rows=best, blocks=min(processors, count))
+
+
+def choose(x: torch.Tensor, weight: torch.Tensor) -> WidePlan | None:
+    """How linear_wide cuts a product, or None where it is another kernel's.
+
+    It takes a Hopper GPU, enough of everything, and aligned operands.
+
+    Args:
+        x: (tokens, k) int8, contiguous along k.
+        weight: (rows, k) int8.
+    """
+    tokens, k = x.shape
+    if tokens < _LEAST_TOKENS or weight.shape[0] < _LEAST_ROWS or k < _LEAST_COLUMNS:
+        return None
+    if not (_is_hopper(x.device.index or 0) and k % ALIGNMENT == 0 and aligned(x, weight)):
+        return None
+    return wide_plan(tokens, weight.shape[0], _launch.sm_count(x.device))
+
+
+@cache
+def _is_hopper(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index) == CAPABILITY
+
+
+def wide_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    end_args: tuple[_launch.Arg, ...],
+    plan: WidePlan,
+    *,
+    split: int,
+) -> None:
+    """Multiply int8 operands into the outputs that ``end_args`` names.
+
+    Args:
+        x: as for `choose`.
+        weight: as for `choose`.
+        end_args: `int8_cuda.Epilogue.args`.
+        plan: the cut.
+        split: outputs that are float32.
+    """
+    tokens, k = x.shape
+    rows = weight.shape[0]
+    vectors = [arg for arg in end_args if isinstance(arg, torch.Tensor)]
+    even = rows % 16 == 0 and split % 16 == 0 and all(arg.data_ptr() % ALIGNMENT == 0 for arg in vectors)
+    _launch.launch(
+        SOURCE,
+        plan.entry,
+        grid=(plan.blocks, 1, 1),
+        block=(_THREADS, 1, 1),
+        args=(
+            _launch.byte_tiles(x, _TILE_TOKENS, _STEP_COLUMNS),
+            _launch.byte_tiles(weight, plan.rows, _STEP_COLUMNS),
+            *end_args,
+            np.int32(tokens),
+            np.int32(rows),
+            np.int32(split),
+            np.int32(k),
+            np.int32(even),
+        ),
+        device=x.device,
+        shared_bytes=plan.shared_bytes,
+    )

@@ -1,0 +1,110 @@
+// The machine instructions of linear_wide: Hopper's asynchronous matrix products, copies of whole tiles and barriers in
+// shared memory. All of it needs sm_90a.
+#ifndef QM_LINEAR_WGMMA_CUH
+#define QM_LINEAR_WGMMA_CUH
+
+// A tile's place in memory, CUtensorMap of the driver.
+struct __align__(64) TensorMap {
+  unsigned long long words[16];
+};
+
+__device__ __forceinline__ unsigned int shared_address(const void* p) {
+  return static_cast<unsigned int>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void init_barrier(unsigned int barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// The barriers that this thread made become visible to the copies of tiles.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void arrive(unsigned int barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives, and lets the phase wait for so many bytes of copies.
+__device__ __forceinline__ void arrive_expecting(unsigned int barrier, unsigned int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Waits for the end of the phase of this parity.
+__device__ __forceinline__ void wait_for(unsigned int barrier, unsigned int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Copies the tile that begins at this column and row; what lies outside the matrix becomes zero.
+__device__ __forceinline__ void copy_tile(unsigned int to, const TensorMap& map, int column, int row,
+                                          unsigned int barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits for all but the newest PENDING groups of products.
+template <int PENDING>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Rows of 128 bytes in groups of eight, 1024 bytes a group, whose 16-byte pieces lie at piece ^ (row % 8).
+__device__ __forceinline__ unsigned long long matrix_descriptor(unsigned int address) {
+  constexpr unsigned long long kSwizzle128 = 1ull << 62, kGroupBytes = 1024ull >> 4;
+  return kSwizzle128 | (kGroupBytes << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
+}
+
+#define QM_R4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
+#define QM_R16(d, i) QM_R4(d, i), QM_R4(d, i + 4), QM_R4(d, i + 8), QM_R4(d, i + 12)
+#define QM_R32(d, i) QM_R16(d, i), QM_R16(d, i + 16)
+
+// acc (64, n) = a (64, 32) times the transpose of b (n, 32), plus acc where `add` is not zero. With w = warp % 4,
+// g = lane / 4 and q = lane % 4 a lane holds acc[4 j + 2 h + e] = (16 w + g + 8 h, 8 j + 2 q + e).
+__device__ __forceinline__ void multiply(int (&acc)[64], unsigned long long a, unsigned long long b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, add;\n}"
+      : QM_R32(acc, 0), QM_R32(acc, 32)
+      : "l"(a), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void multiply(int (&acc)[128], unsigned long long a, unsigned long long b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, add;\n}"
+      : QM_R32(acc, 0), QM_R32(acc, 32), QM_R32(acc, 64), QM_R32(acc, 96)
+      : "l"(a), "l"(b), "r"(add));
+}
+
+#undef QM_R4
+#undef QM_R16
+#undef QM_R32
+
+#endif
