@@ -1,5 +1,6 @@
 """One-token steps of a fixed batch: on a GPU one replay a token, from the embedding to the sampled token."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -118,11 +119,19 @@ class Decoder:
             self._prepare()
 
     @torch.inference_mode()
-    def start(self, ids: torch.Tensor, *, temperature: float = 0.0, seed: int = 0) -> torch.Tensor:
+    def start(
+        self,
+        ids: torch.Tensor,
+        *,
+        lengths: Sequence[int] | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> torch.Tensor:
         """Run a prompt a row and make the first token of each.
 
         Args:
             ids: (b, l) int64, l >= 1, on any device.
+            lengths: tokens of each row, from 1 to l, where they differ; what is behind them is not read.
             temperature: 0 takes the most likely token; above it, logits are divided by it and sampled.
             seed: of the sampling; the same arguments give the same tokens on the same device.
 
@@ -130,16 +139,25 @@ class Decoder:
             (b,) int64 on the device; the next step overwrites it.
 
         Raises:
-            UsageError: the temperature is negative, or ids has another number of rows.
+            UsageError: the temperature is negative, ids has another number of rows, or lengths do not fit it.
         """
         if temperature < 0:
             raise UsageError(f"`--temperature` must be >= 0, got {temperature}")
         if ids.shape[0] != self.batch:
             raise UsageError(f"the prompts must be {self.batch} rows, got {ids.shape[0]}")
+        if lengths is not None and not (
+            len(lengths) == self.batch and all(1 <= length <= ids.shape[1] for length in lengths)
+        ):
+            raise UsageError(
+                f"lengths must be {self.batch} numbers from 1 to {ids.shape[1]}, got {list(lengths)}"
+            )
         self._sampled = temperature > 0
         self._temperature.fill_(temperature if self._sampled else 1.0)
         self._generator.manual_seed(seed)
-        hidden, self._prompt_state = self._prefill(ids)
+        if lengths is None or set(lengths) == {ids.shape[1]}:
+            hidden, self._prompt_state = self._prefill(ids)
+        else:
+            hidden, self._prompt_state = self._prefill.ragged(ids, lengths)
         self._choose(hidden, self._sampled)
         return self._tokens.squeeze(1)
 

@@ -92,6 +92,7 @@ def decode_tokens(
     ids: torch.Tensor,
     *,
     max_new_tokens: int,
+    lengths: Sequence[int] | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     times: GenerationTimes | None = None,
@@ -104,6 +105,7 @@ def decode_tokens(
         decoder: of the batch size of ``ids``.
         ids: (b, l) int64.
         max_new_tokens: tokens a row, at least 1.
+        lengths: tokens of each prompt, where they differ; as for `Decoder.start`.
         temperature: as for `generate`.
         seed: as for `generate`.
         times: filled in as tokens are made, if given.
@@ -115,7 +117,8 @@ def decode_tokens(
     times = GenerationTimes() if times is None else times
     reader = _TokenReader(decoder.device, decoder.batch, ahead + 1)
     begin = time.perf_counter()
-    pending: deque[_Wait] = deque([reader.ask(decoder.start(ids, temperature=temperature, seed=seed))])
+    started = decoder.start(ids, lengths=lengths, temperature=temperature, seed=seed)
+    pending: deque[_Wait] = deque([reader.ask(started)])
     made, first = 1, 0.0
     while pending or made < max_new_tokens:
         while made < max_new_tokens and len(pending) <= ahead:

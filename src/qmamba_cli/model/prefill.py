@@ -1,14 +1,17 @@
 """A prompt through the model: in parts that fit into memory, with the state carried between them."""
 
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
+from qmamba_cli.kernels.ragged import ragged
 from qmamba_cli.model.ahead import ExpandedAhead, needed
 from qmamba_cli.model.graphs import Recorder, Replayed
 from qmamba_cli.model.mamba import Mamba, ModelState
-from qmamba_cli.model.state import assign, clear, float_state_model
+from qmamba_cli.model.state import assign, clear, cleared_rows, float_state_model, joined, rows_of
 
 # Tokens of a part, all rows together: enough to fill a GPU, little enough for the memory of one.
 _PART_TOKENS = 16384
@@ -42,6 +45,41 @@ class Prefilled(NamedTuple):
     state: ModelState
 
 
+# A prompt's row, and its tokens from the first to before the last.
+class _Segment(NamedTuple):
+    row: int
+    first: int
+    last: int
+
+
+def _packed(lengths: Sequence[int], most: int) -> Iterator[list[_Segment]]:
+    """Prompts one behind another, cut where ``most`` tokens are together and a chunk of the scan ends.
+
+    >>> [[tuple(segment) for segment in segments] for segments in _packed([3, 200, 1], 128)]
+    [[(0, 0, 3), (1, 0, 64)], [(1, 64, 192)], [(1, 192, 200), (2, 0, 1)]]
+    """
+    segments: list[_Segment] = []
+    room = most
+    for row, length in enumerate(lengths):
+        first = 0
+        while first < length:
+            last = length if length - first <= room else first + room // _SHORTEST_PART * _SHORTEST_PART
+            if last > first:
+                segments.append(_Segment(row, first, last))
+            room -= last - first
+            if last < length:
+                yield segments
+                segments, room = [], most
+            first = last
+    if segments:
+        yield segments
+
+
+def _continued(begun: ModelState, rows: int) -> ModelState:
+    """The state of several rows of which the first has begun."""
+    return begun if rows == 1 else joined([begun, cleared_rows(begun, rows - 1)])
+
+
 class _Part(NamedTuple):
     ids: torch.Tensor
     work: Replayed
@@ -71,6 +109,44 @@ class Prefill:
         self._state: ModelState | None = None
         self._hidden: torch.Tensor | None = None
         self._parts: OrderedDict[int, _Part] = OrderedDict()
+
+    @torch.inference_mode()
+    def ragged(self, ids: torch.Tensor, lengths: Sequence[int]) -> Prefilled:
+        """Run prompts of different lengths from their first tokens; no work is done on padding.
+
+        Their tokens lie one behind another in rows of at most ``longest`` times the batch size; nothing is
+        recorded, since hardly any two batches have the same lengths.
+
+        Args:
+            ids: (b, l) int64 on any device; row i counts up to ``lengths[i]``.
+            lengths: b numbers from 1 to l.
+        """
+        ids = ids.to(self._model.backend.device)
+        whole: dict[int, tuple[torch.Tensor, ModelState]] = {}
+        begun: ModelState | None = None
+        for segments in _packed(lengths, self._longest * self._batch):
+            tokens = torch.cat([ids[row, first:last] for row, first, last in segments]).unsqueeze(0)
+            sizes = [last - first for _, first, last in segments]
+            model = Mamba(self._model.weights, self._model.mode, ragged(self._model.backend, sizes))
+            # Only the first sequence of a row can have begun in the row before.
+            state = None if begun is None else _continued(begun, len(segments))
+            hidden, state = model.forward(tokens, state, blocks=self._ahead)
+            ends = [end - 1 for end in accumulate(sizes)]
+            for place, (row, _, last) in enumerate(segments):
+                if last == lengths[row]:
+                    whole[row] = (hidden[0, ends[place]], rows_of(state, place))
+            row, _, last = segments[-1]
+            begun = rows_of(state, len(segments) - 1) if last < lengths[row] else None
+        states = joined([whole[row][1] for row in range(len(lengths))])
+        last_hidden = torch.stack([whole[row][0] for row in range(len(lengths))])
+        if self._recorder is None:
+            return Prefilled(last_hidden, states)
+        if self._state is None:
+            self._recorder.warm(self._allocate)
+        assert self._state is not None and self._hidden is not None
+        assign(self._state, states)
+        self._hidden.copy_(last_hidden)
+        return Prefilled(self._hidden, self._state)
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> Prefilled:

@@ -1,10 +1,11 @@
 """A model's state as a set of tensors: copied, cleared, and put on the grid of its mode."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.model.block import BlockState
 from qmamba_cli.model.mamba import Mamba, ModelState
 from qmamba_cli.modes import State
@@ -33,6 +34,36 @@ def on_grid(model: Mamba, state: ModelState) -> ModelState:
         assert scale is not None, "quantized weights carry every scale"
         layers.append(BlockState(layer.conv, model.backend.quantize(layer.ssm, scale)))
     return layers
+
+
+def rows_of(state: ModelState, row: int) -> ModelState:
+    """One row of a state, as a view."""
+    return [_mapped(layer, lambda tensor: tensor[row : row + 1]) for layer in state]
+
+
+def joined(states: Sequence[ModelState]) -> ModelState:
+    """States of some rows each, one behind another in new tensors."""
+    layers = []
+    for parts in zip(*states, strict=True):
+        scales = [part.conv.scale for part in parts if part.conv.scale is not None]
+        conv = ConvState(
+            torch.cat([part.conv.values for part in parts]), torch.cat(scales) if scales else None
+        )
+        layers.append(BlockState(conv, torch.cat([part.ssm for part in parts])))
+    return layers
+
+
+def cleared_rows(like: ModelState, rows: int) -> ModelState:
+    """A new state before the first token, with so many rows of the shapes of another."""
+    state = [_mapped(layer, lambda tensor: tensor.new_empty(rows, *tensor.shape[1:])) for layer in like]
+    clear(state)
+    return state
+
+
+def _mapped(layer: BlockState, change: Callable[[torch.Tensor], torch.Tensor]) -> BlockState:
+    scale = layer.conv.scale
+    conv = ConvState(change(layer.conv.values), None if scale is None else change(scale))
+    return BlockState(conv, change(layer.ssm))
 
 
 @torch.inference_mode()
