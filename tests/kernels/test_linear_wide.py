@@ -7,15 +7,15 @@ from close import assert_exact
 from qmamba_cli.kernels.linear import cuda, reference, wide
 from qmamba_cli.kernels.linear.int8_cuda import Epilogue, int8_linear
 
-TILE_ROWS = (128, 256)
+TILE_ROWS = (128, 160, 256)
 # Whole tiles; ragged tokens, rows and columns; rows that no vector store takes; several tiles a block.
 SHAPES = [(512, 1024, 512), (257, 1040, 528), (300, 1030, 592), (1000, 2560, 1024), (640, 5120, 2560)]
 
 
-def assert_taken(x: torch.Tensor, weight: torch.Tensor) -> None:
+def assert_taken(x: torch.Tensor, weight: torch.Tensor, split: int) -> None:
     """The kernel takes the operands on Hopper and nowhere else."""
     hopper = torch.cuda.get_device_capability() == wide.CAPABILITY
-    assert (wide.choose(x, weight) is not None) == hopper
+    assert (wide.choose(x, weight, split) is not None) == hopper
 
 
 def operands(tokens: int, rows: int, k: int, rng: torch.Generator):
@@ -27,13 +27,15 @@ def operands(tokens: int, rows: int, k: int, rng: torch.Generator):
 
 @pytest.mark.parametrize("tokens", [256, 512, 1024, 2048, 8192])
 @pytest.mark.parametrize("rows", [1024, 2560, 10240])
-def test_the_plan_s_rounds_are_few(tokens, rows):
-    plan = wide.wide_plan(tokens, rows, 132)
+@pytest.mark.parametrize("real", [False, True])
+def test_the_plan_s_rounds_are_few(tokens, rows, real):
+    plan = wide.wide_plan(tokens, rows, 132, real=real)
     if plan is None:
         assert -(-tokens // 128) * -(-rows // 256) < 132
         return
-    assert plan.rows in TILE_ROWS and plan.entry in wide.ENTRIES
-    tiles = {height: -(-tokens // 128) * -(-rows // height) for height in TILE_ROWS}
+    assert plan.entry in wide.ENTRIES
+    heights = TILE_ROWS if real else (128, 256)
+    tiles = {height: -(-tokens // 128) * -(-rows // height) for height in heights}
     assert plan.blocks == min(132, tiles[plan.rows])
     # No other tile gives a block a tenth less to do.
     work = {height: -(-count // 132) * height for height, count in tiles.items()}
@@ -45,7 +47,7 @@ def test_the_plan_s_rounds_are_few(tokens, rows):
 @pytest.mark.parametrize(("tokens", "rows", "k"), [(255, 4096, 4096), (4096, 1023, 4096), (4096, 4096, 511)])
 def test_small_products_are_left_to_other_kernels(tokens, rows, k):
     x = torch.empty(tokens, k, dtype=torch.int8, device="meta")
-    assert wide.choose(x, torch.empty(rows, k, dtype=torch.int8, device="meta")) is None
+    assert wide.choose(x, torch.empty(rows, k, dtype=torch.int8, device="meta"), rows) is None
 
 
 @pytest.mark.gpu
@@ -75,7 +77,7 @@ def test_same_bits_as_the_reference(torch_rng, tile_rows, tokens, rows, k, kind)
         split=split,
     )
     if torch.cuda.get_device_capability() != wide.CAPABILITY:
-        assert wide.choose(x.cuda(), weight.cuda()) is None
+        assert wide.choose(x.cuda(), weight.cuda(), split) is None
         return
     for blocks in (5, 132):
         plan = wide.WidePlan(rows=tile_rows, blocks=blocks)
@@ -89,7 +91,7 @@ def test_a_split_inside_and_between_tiles(torch_rng, split):
     x, weight, scale, bias, _ = operands(384, 1536, 640, torch_rng)
     given = {"split": split, "x_scale": 0.02, "out_scale": 0.37}
     expected = reference.linear_split(x, weight, bias, weight_scale=scale, **given)
-    assert_taken(x.cuda(), weight.cuda())
+    assert_taken(x.cuda(), weight.cuda(), split)
     got = cuda.linear_split(x.cuda(), weight.cuda(), bias.cuda(), weight_scale=scale.cuda(), **given)
     for name, a, b in zip(("real", "codes"), got, expected, strict=True):
         assert_exact(f"linear_split {name}", a.cpu(), b)
@@ -101,7 +103,7 @@ def test_rows_of_a_wider_matrix_and_a_graph_s_replay(torch_rng):
     wider = torch.zeros(512, 1024, dtype=torch.int8, device="cuda")
     part, moved, moved_scale = wider[:, 64:832], weight.cuda(), scale.cuda()
     part.copy_(x)
-    assert_taken(part, moved)
+    assert_taken(part, moved, 1024)
     cuda.linear(part, moved, x_scale=0.02, weight_scale=moved_scale)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

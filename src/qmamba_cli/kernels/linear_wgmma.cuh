@@ -86,6 +86,19 @@ __device__ __forceinline__ void multiply(int (&acc)[64], unsigned long long a, u
       : QM_R32(acc, 0), QM_R32(acc, 32)
       : "l"(a), "l"(b), "r"(add));
 }
+__device__ __forceinline__ void multiply(int (&acc)[80], unsigned long long a, unsigned long long b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %82, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n160k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "
+      "%80, %81, add;\n}"
+      : QM_R32(acc, 0), QM_R32(acc, 32), QM_R16(acc, 64)
+      : "l"(a), "l"(b), "r"(add));
+}
 __device__ __forceinline__ void multiply(int (&acc)[128], unsigned long long a, unsigned long long b, int add) {
   asm volatile(
       "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"

@@ -103,7 +103,7 @@ def int8_linear(
         _skinny(flat, weight, end, plan if isinstance(plan, SkinnyPlan) else None)
         return
     dense = expand(weight) if isinstance(weight, PackedInt4) else _launch.contiguous("weight", weight)
-    cut = wide.choose(flat, dense) if plan is None else plan
+    cut = wide.choose(flat, dense, end.split) if plan is None else plan
     if isinstance(cut, WidePlan):
         wide.wide_product(flat, dense, end.args, cut, split=end.split)
         return

@@ -125,7 +125,7 @@ __device__ __forceinline__ void store_real(const Target& to, const int (&acc)[SU
   for (int h = 0; h < 2; h++) {
     if (token + 8 * h >= tokens) continue;
     const long long at = static_cast<long long>(token + 8 * h) * to.split + row0 + 2 * q;
-    constexpr int AHEAD = 8;
+    constexpr int AHEAD = SUMS % 32 == 0 ? 8 : 10;
 #pragma unroll
     for (int part = 0; part < SUMS / 4 / AHEAD; part++) {
       float2 before[AHEAD];
@@ -190,13 +190,18 @@ __device__ __forceinline__ void multiply_and_store(const Shape& s, const Target&
     int token, row0;
     place<BN>(s, tile, token, row0);
     token += group * GROUP_ROWS + t / 32 * 16 + lane / 4;
-    if (even && row0 + BN <= s.rows && row0 >= to.split) {
-      store_codes(to, acc, token, s.tokens, row0, q);
-    } else if (even && row0 + BN <= min(s.rows, to.split)) {
+    if (even && row0 + BN <= min(s.rows, to.split)) {
       store_real(to, acc, token, s.tokens, row0, q);
-    } else {
-      store_each(to, acc, token, s.tokens, row0, q);
+      continue;
     }
+    // Vectors of codes take 64 rows at a time.
+    if constexpr (BN % 64 == 0) {
+      if (even && row0 + BN <= s.rows && row0 >= to.split) {
+        store_codes(to, acc, token, s.tokens, row0, q);
+        continue;
+      }
+    }
+    store_each(to, acc, token, s.tokens, row0, q);
   }
 }
 

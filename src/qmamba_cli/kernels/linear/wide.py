@@ -11,8 +11,10 @@ from qmamba_cli.kernels.linear.operands import ALIGNMENT, aligned
 
 SOURCE = "linear/linear_wide.cu"
 # Rows of a tile, with the stages that fit, and with its time beside that of 256 rows, by the row, on an H200.
-_TILE_ROWS = {256: 4, 128: 6}
-_TIME = {256: 1.0, 128: 1.08}
+_TILE_ROWS = {256: 4, 160: 6, 128: 6}
+_TIME = {256: 1.0, 160: 1.08, 128: 1.08}
+# Tiles of other rows store int8 outputs one by one.
+_CODE_ROWS = 64
 ENTRIES: tuple[str, ...] = tuple(f"linear_wide<{rows}>" for rows in _TILE_ROWS)
 CAPABILITY = (9, 0)
 
@@ -50,13 +52,21 @@ class WidePlan:
 
 
 @lru_cache(maxsize=1024)
-def wide_plan(tokens: int, rows: int, processors: int) -> WidePlan | None:
+def wide_plan(tokens: int, rows: int, processors: int, *, real: bool) -> WidePlan | None:
     """The tile whose rounds of all blocks take the least time, or None where smaller tiles do better.
 
-    >>> wide_plan(8192, 10240, 132)
+    Args:
+        tokens: rows of x.
+        rows: of the weight.
+        processors: multiprocessors.
+        real: whether all outputs are float32.
+
+    >>> wide_plan(8192, 10240, 132, real=False)
     WidePlan(rows=256, blocks=132)
-    >>> wide_plan(1024, 10240, 132)
+    >>> wide_plan(1024, 10240, 132, real=False)
     WidePlan(rows=128, blocks=132)
+    >>> wide_plan(1024, 2560, 132, real=True)
+    WidePlan(rows=160, blocks=128)
     """
 
     def tiles(tile_rows: int) -> int:
@@ -65,14 +75,14 @@ def wide_plan(tokens: int, rows: int, processors: int) -> WidePlan | None:
     def cost(tile_rows: int) -> float:
         return -(-tiles(tile_rows) // processors) * tile_rows * _TIME[tile_rows]
 
-    best = min(_TILE_ROWS, key=cost)
+    best = min((height for height in _TILE_ROWS if real or height % _CODE_ROWS == 0), key=cost)
     count = tiles(best)
     if best == max(_TILE_ROWS) and count < _BUSY * processors:
         return None
     return WidePlan(rows=best, blocks=min(processors, count))
 
 
-def choose(x: torch.Tensor, weight: torch.Tensor) -> WidePlan | None:
+def choose(x: torch.Tensor, weight: torch.Tensor, split: int) -> WidePlan | None:
     """How linear_wide cuts a product, or None where it is another kernel's.
 
     It takes a Hopper GPU, enough of everything, and aligned operands.
@@ -80,13 +90,15 @@ def choose(x: torch.Tensor, weight: torch.Tensor) -> WidePlan | None:
     Args:
         x: (tokens, k) int8, contiguous along k.
         weight: (rows, k) int8.
+        split: outputs that are float32.
     """
     tokens, k = x.shape
     if tokens < _LEAST_TOKENS or weight.shape[0] < _LEAST_ROWS or k < _LEAST_COLUMNS:
         return None
     if not (_is_hopper(x.device.index or 0) and k % ALIGNMENT == 0 and aligned(x, weight)):
         return None
-    return wide_plan(tokens, weight.shape[0], _launch.sm_count(x.device))
+    rows = weight.shape[0]
+    return wide_plan(tokens, rows, _launch.sm_count(x.device), real=split == rows)
 
 
 @cache
