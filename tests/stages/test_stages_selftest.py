@@ -55,6 +55,40 @@ def test_a_kernel_that_strays_is_seen(exactness, error, share, passes):
     assert outcome.passed is passes
 
 
+def test_a_case_is_prepared_once_a_backend():
+    case = next(case for case in CASES if case.operator == "decode_block")
+    prepared = []
+
+    def prepare(ops, inputs):
+        prepared.append(ops.name)
+        return case.prepare(ops, inputs)
+
+    outcome = selftest.run_case(replace(case, prepare=prepare), CPU)
+    assert outcome.passed and outcome.ms is None and outcome.gb_s is None
+    assert prepared == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize("timing", [True, False])
+def test_without_timing_no_time_is_shown(tmp_path, monkeypatch, timing):
+    times = {"ms": 0.25, "gb_s": 40.0} if timing else {"ms": None, "gb_s": None}
+    row = selftest.Outcome(
+        operator="linear", variant="a case", exactness=Exactness.EXACT, worst=0.0, budget_used=0.0, **times
+    )
+    asked = []
+
+    def run(*, timing, progress):
+        asked.append(timing)
+        return [row], 80.0 if timing else None
+
+    monkeypatch.setattr(selftest, "selftest", run)
+    options = [] if timing else ["--no-timing"]
+    outcome = qmamba("selftest", *options, cwd=tmp_path)
+    assert outcome.code == 0 and asked == [timing]
+    assert ("0.2500" in outcome.out and "50%" in outcome.out) is timing
+    values = json.loads(qmamba("selftest", *options, "--json", cwd=tmp_path).out)
+    assert values["copy_gb_s"] == (80.0 if timing else None) and values["kernels"][0]["ms"] == times["ms"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_names_the_cpu_backend(tmp_path):
     outcome = qmamba("selftest", cwd=tmp_path)

@@ -21,6 +21,10 @@ def selftest(
         list[str] | None,
         typer.Option(help="Architecture to compile for, as sm_90; may be repeated. All if left out."),
     ] = None,
+    timing: Annotated[
+        bool,
+        typer.Option("--timing/--no-timing", help="Time every kernel, too; --no-timing runs each once."),
+    ] = True,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -33,5 +37,5 @@ def selftest(
         return
     if arch:
         raise UsageError("`--arch` belongs to `--compile-only`, got it alone")
-    outcomes, copy_gb_s = stage.selftest(progress=progress)
+    outcomes, copy_gb_s = stage.selftest(timing=timing, progress=progress)
     show_selftest(outcomes, copy_gb_s, as_json=as_json)

@@ -26,8 +26,8 @@ class Outcome:
         exactness: class of its output.
         worst: exact and grid: largest difference in steps; real: largest error relative to the largest value.
         budget_used: share of the budget that was used; above 1 the case failed.
-        ms: median time of one call, launch included.
-        gb_s: bytes over that time.
+        ms: median time of one call, launch included; None where it was not timed.
+        gb_s: bytes over that time; None likewise.
     """
 
     operator: str
@@ -35,8 +35,8 @@ class Outcome:
     exactness: Exactness
     worst: float
     budget_used: float
-    ms: float
-    gb_s: float
+    ms: float | None
+    gb_s: float | None
 
     @property
     def passed(self) -> bool:
@@ -44,11 +44,16 @@ class Outcome:
         return self.budget_used <= 1.0
 
 
-def selftest(*, progress: Progress = silent) -> tuple[list[Outcome], float]:
+def selftest(*, timing: bool = True, progress: Progress = silent) -> tuple[list[Outcome], float | None]:
     """Compare every operator of the `cuda` backend with the reference.
 
+    Args:
+        timing: also time every kernel; without it each case runs once.
+        progress: shows how far it is.
+
     Returns:
-        The outcomes, and the bandwidth of a device copy in GB/s, read and written bytes counted.
+        The outcomes, and the bandwidth of a device copy in GB/s, read and written bytes counted; None without
+        timing.
 
     Raises:
         DeviceError: the backend cannot run here.
@@ -62,9 +67,9 @@ def selftest(*, progress: Progress = silent) -> tuple[list[Outcome], float]:
         fill(instances, ops.device.index or 0, advance)
     with progress("checking kernels", len(rows)) as advance:
         for case in rows:
-            outcomes.append(run_case(case, ops))
+            outcomes.append(run_case(case, ops, timing=timing))
             advance(1)
-    return outcomes, _copy_gb_s(ops.device)
+    return outcomes, _copy_gb_s(ops.device) if timing else None
 
 
 def compile_kernels(architectures: Sequence[str] | None, *, progress: Progress = silent) -> list[Compiled]:
@@ -86,17 +91,17 @@ def compile_kernels(architectures: Sequence[str] | None, *, progress: Progress =
 def _copy_gb_s(device: torch.device) -> float:
     source = torch.empty(1 << 26, device=device).normal_()
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _median_ms(lambda: target.copy_(source), device) / 1e6
+    return 2 * source.nbytes / _median_ms(lambda: target.copy_(source)) / 1e6
 
 
 @torch.inference_mode()
-def run_case(case: Case, ops: Backend) -> Outcome:
-    """Run one case on a backend and on the reference."""
-    expected = case.call(CPU, case.inputs)
-    moved = {name: tensor.to(ops.device) for name, tensor in case.inputs.items()}
-    got = case.call(ops, moved).cpu()
+def run_case(case: Case, ops: Backend, *, timing: bool = True) -> Outcome:
+    """Run one case on a backend and on the reference; on a GPU also time it, if asked for."""
+    expected = case.call(CPU, case.prepare(CPU, case.inputs))
+    prepared = case.prepare(ops, {name: tensor.to(ops.device) for name, tensor in case.inputs.items()})
+    got = case.call(ops, prepared).cpu()
     worst, used = _compare(case, got, expected)
-    ms = _median_ms(lambda: case.call(ops, moved), ops.device)
+    ms = _median_ms(lambda: case.call(ops, prepared)) if timing and ops.device.type == "cuda" else None
     return Outcome(
         operator=case.operator,
         variant=case.variant,
@@ -104,7 +109,7 @@ def run_case(case: Case, ops: Backend) -> Outcome:
         worst=worst,
         budget_used=used,
         ms=ms,
-        gb_s=case.bytes / ms / 1e6,
+        gb_s=None if ms is None else case.bytes / ms / 1e6,
     )
 
 
@@ -126,9 +131,7 @@ def _compare(case: Case, got: torch.Tensor, expected: torch.Tensor) -> tuple[flo
             return relative, relative / case.budget
 
 
-def _median_ms(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        return float("nan")
+def _median_ms(run: Callable[[], Any]) -> float:
     for _ in range(3):
         run()
     return float(sorted(_time_ms(run) for _ in range(_TIMED_RUNS))[_TIMED_RUNS // 2])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -36,18 +37,20 @@ class Case:
         variant: what distinguishes the case.
         exactness: class of its output.
         budget: exact: 0; grid: share of elements that may be one step off; real: relative error.
-        call: runs the operator of a backend on inputs and returns the output that is compared.
+        call: runs the operator of a backend on what ``prepare`` made and returns the output that is compared.
         inputs: CPU tensors by name.
         bytes: bytes read and written at least once.
+        prepare: makes of a backend and its inputs what ``call`` takes, untimed; by default the inputs.
     """
 
     operator: str
     variant: str
     exactness: Exactness
     budget: float
-    call: Callable[[Backend, dict[str, torch.Tensor]], torch.Tensor]
+    call: Callable[[Backend, Any], torch.Tensor]
     inputs: dict[str, torch.Tensor]
     bytes: int
+    prepare: Callable[[Backend, dict[str, torch.Tensor]], Any] = lambda _ops, inputs: inputs
 
 
 def cases() -> list[Case]:
@@ -353,27 +356,38 @@ def _decode_cases(generator: torch.Generator) -> Iterator[Case]:
             variant=f"W{w_bits}A8, {'a scale a token' if dynamic else 'one scale'}, {batch} rows",
             exactness=Exactness.REAL,
             budget=1e-3,
-            call=partial(_decode, w_bits=w_bits, columns=columns, d_inner=d_inner),
+            call=lambda _ops, step: step(),
             inputs={"residual": residual},
             bytes=3 * d_model * d_inner * w_bits // 8,
+            prepare=partial(_decode_step, w_bits=w_bits, columns=columns, d_inner=d_inner),
         )
 
 
-def _decode(
+def _decode_step(
     ops: Backend, t: dict[str, torch.Tensor], *, w_bits: int, columns: DecodeColumns, d_inner: int
-) -> torch.Tensor:
-    residual = t["residual"].clone()
-    batch, d_model = residual.shape
+) -> Callable[[], torch.Tensor]:
+    """The residual after one token; a later call goes on from the state that the last one left."""
+    given = t["residual"]
+    batch, d_model = given.shape
     block = samples.random_block(d_model=d_model, d_inner=d_inner, dt_rank=48, w_bits=w_bits, seed=_SEED)
     state = samples.random_state(batch=batch, d_inner=d_inner, columns=columns, seed=_SEED)
     if ops.name == "cpu":
-        reference.decode_block(block, samples.SCALES, columns, residual, state, norm_eps=1e-5)
-        return residual
+
+        def on_cpu() -> torch.Tensor:
+            residual = given.clone()
+            reference.decode_block(block, samples.SCALES, columns, residual, state, norm_eps=1e-5)
+            return residual
+
+        return on_cpu
     from qmamba_cli.kernels.decode import cuda
     from qmamba_cli.kernels.decode.pack import pack_block
 
     packed = pack_block(samples.to_device(block, ops.device), samples.SCALES, columns, norm_eps=1e-5)
-    cuda.decode_block(
-        packed, residual, samples.to_device(state, ops.device), cuda.make_scratch(packed, batch)
-    )
-    return residual
+    scratch, on_gpu = cuda.make_scratch(packed, batch), samples.to_device(state, ops.device)
+
+    def step() -> torch.Tensor:
+        residual = given.clone()
+        cuda.decode_block(packed, residual, on_gpu, scratch)
+        return residual
+
+    return step

@@ -13,9 +13,11 @@ from qmamba_cli.errors import (
 if TYPE_CHECKING:
     from qmamba_cli.stages.selftest import Compiled, Outcome
 
+_CAPTION = "times include the launch from Python; a device copy runs at {:.0f} GB/s"
 
-def show_selftest(outcomes: "Iterable[Outcome]", copy_gb_s: float, *, as_json: bool) -> None:
-    """The outcome of `selftest`.
+
+def show_selftest(outcomes: "Iterable[Outcome]", copy_gb_s: float | None, *, as_json: bool) -> None:
+    """The outcome of `selftest`; ``copy_gb_s`` is None where nothing was timed.
 
     Raises:
         QmambaError: a kernel strayed from its reference.
@@ -28,7 +30,9 @@ def show_selftest(outcomes: "Iterable[Outcome]", copy_gb_s: float, *, as_json: b
         values = [asdict(row) | {"passed": row.passed} for row in rows]
         console.write_json({"copy_gb_s": copy_gb_s, "passed": not failed, "kernels": json_safe(values)})
     else:
-        headings = ("worst error", "of budget", "ms", "GB/s", "of copy")
+        headings = ["worst error", "of budget"]
+        if copy_gb_s is not None:
+            headings += ["ms", "GB/s", "of copy"]
         columns = (
             Column("operator"),
             Column("case"),
@@ -42,13 +46,11 @@ def show_selftest(outcomes: "Iterable[Outcome]", copy_gb_s: float, *, as_json: b
                 row.exactness.value,
                 f"{row.worst:.2g}",
                 f"{row.budget_used:.1%}",
-                f"{row.ms:.4f}",
-                f"{row.gb_s:.0f}",
-                f"{row.gb_s / copy_gb_s:.0%}",
+                *_times(row, copy_gb_s),
             )
             for row in rows
         ]
-        caption = f"times include the launch from Python; a device copy runs at {copy_gb_s:.0f} GB/s"
+        caption = "" if copy_gb_s is None else _CAPTION.format(copy_gb_s)
         console.table("every kernel against its reference", columns, cells, caption=caption)
     if failed:
         raise QmambaError(
@@ -56,6 +58,12 @@ def show_selftest(outcomes: "Iterable[Outcome]", copy_gb_s: float, *, as_json: b
             f"{failed[0].operator} ({failed[0].variant}): {failed[0].budget_used:.3g} times its budget",
             hint="use `--backend cpu`, and report this with the output of `qmamba selftest --json`",
         )
+
+
+def _times(row: "Outcome", copy_gb_s: float | None) -> tuple[str, ...]:
+    if row.ms is None or row.gb_s is None or copy_gb_s is None:
+        return ()
+    return f"{row.ms:.4f}", f"{row.gb_s:.0f}", f"{row.gb_s / copy_gb_s:.0%}"
 
 
 def show_compiled(compiled: "Iterable[Compiled]", *, as_json: bool) -> None:
