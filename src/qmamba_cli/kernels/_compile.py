@@ -12,6 +12,7 @@ from qmamba_cli.kernels._source import COMPILE_OPTIONS, SPECIAL_TARGETS, kernel_
 
 # Modules that have kernels; each lists its source and every instance it can launch.
 OPERATORS = {
+    "argmax": "argmax.cuda",
     "causal_conv1d": "causal_conv1d.cuda",
     "decode": "decode.cuda",
     "embedding": "embedding.cuda",

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 from qmamba_cli.errors import DeviceError, UsageError
+from qmamba_cli.kernels.argmax import reference as argmax_reference
 from qmamba_cli.kernels.causal_conv1d import reference as conv_reference
 from qmamba_cli.kernels.embedding import reference as embedding_reference
 from qmamba_cli.kernels.hadamard import reference as hadamard_reference
@@ -36,6 +37,7 @@ class Backend:
         causal_conv1d: `kernels.causal_conv1d.reference.causal_conv1d`.
         selective_scan: `kernels.selective_scan.reference.selective_scan`.
         hadamard: `kernels.hadamard.reference.hadamard`.
+        argmax: `kernels.argmax.reference.argmax`.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Backend:
     causal_conv1d: Callable[..., tuple[torch.Tensor, conv_reference.ConvState]]
     selective_scan: Callable[..., scan_reference.ScanResult]
     hadamard: Callable[..., torch.Tensor]
+    argmax: Callable[[torch.Tensor], torch.Tensor]
 
 
 CPU = Backend(
@@ -67,6 +70,7 @@ CPU = Backend(
     causal_conv1d=conv_reference.causal_conv1d,
     selective_scan=scan_reference.selective_scan,
     hadamard=hadamard_reference.hadamard,
+    argmax=argmax_reference.argmax,
 )
 
 
@@ -94,6 +98,7 @@ def _cuda() -> Backend:
     from qmamba_cli.kernels import _launch
 
     _launch.require_device()
+    from qmamba_cli.kernels.argmax import cuda as argmax
     from qmamba_cli.kernels.causal_conv1d import cuda as conv
     from qmamba_cli.kernels.embedding import cuda as embedding
     from qmamba_cli.kernels.hadamard import cuda as hadamard
@@ -116,4 +121,5 @@ def _cuda() -> Backend:
         causal_conv1d=conv.causal_conv1d,
         selective_scan=scan.selective_scan,
         hadamard=hadamard.hadamard,
+        argmax=argmax.argmax,
     )

@@ -190,7 +190,7 @@ class Decoder:
             # One draw of each row's distribution: the race that exponential clocks of these rates run.
             rates = torch.softmax(logits / self._temperature, dim=-1)
             clocks = torch.empty_like(rates).exponential_(generator=self._generator)
-            tokens = rates.div_(clocks).argmax(dim=-1)
+            tokens = self._model.backend.argmax(rates.div_(clocks))
         else:
-            tokens = logits.argmax(dim=-1)
+            tokens = self._model.backend.argmax(logits)
         self._tokens.copy_(tokens.unsqueeze(1))

@@ -151,6 +151,17 @@ def _table_cases(generator: torch.Generator) -> Iterator[Case]:
         inputs={"ids": torch.randint(0, vocab, (tokens,), generator=generator), **table},
         bytes=5 * tokens * width,
     )
+    # Rounded, so that values recur.
+    logits = torch.randn(3, 50_281, generator=generator).mul(4).round()
+    yield Case(
+        operator="argmax",
+        variant="f32, n 50281",
+        exactness=Exactness.EXACT,
+        budget=0.0,
+        call=lambda ops, t: ops.argmax(t["x"]),
+        inputs={"x": logits},
+        bytes=4 * logits.numel(),
+    )
     x = torch.randn(tokens, width, generator=generator)
     yield Case(
         operator="unrotate",

@@ -22,7 +22,8 @@ _TYPES = {
 ENTRIES = (*(f"embedding<{name}>" for name in _TYPES.values()), "unrotate")
 
 _WARP = 32
-_MAX_THREADS = 512
+_WORD = 32
+_MAX_THREADS = 1024
 # What every GPU from compute capability 8.0 on lends to one block.
 _MAX_SHARED_BYTES = 99 * 1024
 # Shorter blocks of a transform would leave most of a block of threads idle.
@@ -68,7 +69,7 @@ def unrotate(x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
     """
     check_unrotate(x, gain)
     plan = plan_for(x.shape[-1])
-    shared_bytes = 4 * plan.order
+    shared_bytes = 4 * (plan.order + plan.core * -(-plan.core // _WORD))
     if plan.order < _LEAST_ORDER or shared_bytes > _MAX_SHARED_BYTES:
         return reference.unrotate(require_cuda("x", x), gain)
     x = contiguous("x", x)
@@ -85,7 +86,7 @@ def unrotate(x: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
                 _core(plan.core, x.device),
                 out,
                 np.int32(plan.core),
-                np.int32(plan.order // plan.core),
+                np.int32((plan.order // plan.core).bit_length() - 1),
                 np.int32(plan.width // plan.order),
                 np.float32(1.0 / math.sqrt(plan.order)),
             ),
@@ -101,4 +102,11 @@ def _threads(elements: int) -> int:
 
 @cache
 def _core(order: int, device: torch.device) -> torch.Tensor:
-    return core_matrix(order).contiguous().to(device=device, dtype=torch.float32)
+    """(order, words) int32: which entries of each column of the core are negative."""
+    negative = core_matrix(order).t() < 0
+    words = -(-order // _WORD)
+    bits = torch.zeros(order, words * _WORD, dtype=torch.int64)
+    bits[:, :order] = negative
+    value = (bits.view(order, words, _WORD) << torch.arange(_WORD)).sum(dim=-1)
+    # A word's highest bit is its sign.
+    return torch.where(value >= 1 << 31, value - (1 << 32), value).to(torch.int32).to(device)

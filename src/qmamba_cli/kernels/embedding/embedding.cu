@@ -38,10 +38,10 @@ __device__ __forceinline__ float real(Half x) {
 }
 
 template <typename T>
-__global__ void embedding(const long long* __restrict__ ids,  // (tokens,)
-                          const T* __restrict__ table,        // (rows, width)
-                          const float* __restrict__ scale,    // (rows,) real units a step, or null
-                          float* __restrict__ out,            // (tokens, width)
+__global__ void embedding(const long long* ids,             // (tokens,)
+                          const T* __restrict__ table,      // (rows, width)
+                          const float* __restrict__ scale,  // (rows,) real units a step, or null
+                          float* out,                       // (tokens, width)
                           int rows, int width) {
   const long long token = blockIdx.x;
   const long long id = ids[token];
@@ -51,18 +51,22 @@ __global__ void embedding(const long long* __restrict__ ids,  // (tokens,)
   for (int i = threadIdx.x; i < width; i += blockDim.x) out[token * width + i] = real(row[i]) * factor;
 }
 
-__global__ void unrotate(const float* __restrict__ x,     // (blocks, core_order * sylvester)
-                         const float* __restrict__ gain,  // (blocks_a_row * core_order * sylvester,) or null
-                         const float* __restrict__ core,  // (core_order, core_order) ±1
-                         float* __restrict__ out, int core_order, int sylvester, int blocks_a_row, float norm) {
-  extern __shared__ float held[];
-  const int order = core_order * sylvester;
+__global__ void unrotate(const float* x,                   // (blocks, core_order << bits)
+                         const float* __restrict__ gain,   // (blocks_a_row * core_order << bits,) or null
+                         const unsigned int* __restrict__ core,  // (core_order, words) bit j % 32 of word j / 32 of
+                                                                 // row i: entry (j, i) is -1
+                         float* out, int core_order, int bits, int blocks_a_row, float norm) {
+  extern __shared__ float held[];  // the elements, then the core
+  const int order = core_order << bits, words = (core_order + 31) / 32;
+  unsigned int* signs = reinterpret_cast<unsigned int*>(held + order);
+  for (int i = threadIdx.x; i < core_order * words; i += blockDim.x) signs[i] = core[i];
   const long long base = static_cast<long long>(blockIdx.x) * order;
   for (int i = threadIdx.x; i < order; i += blockDim.x) held[i] = x[base + i];
-  for (int half = 1; half < sylvester; half *= 2) {
+  for (int level = 0; level < bits; level++) {
+    const int half = 1 << level;
     __syncthreads();
     for (int pair = threadIdx.x; pair < order / 2; pair += blockDim.x) {
-      const int low = pair / half * 2 * half + pair % half;
+      const int low = pair >> level << (level + 1) | (pair & (half - 1));
       const float a = held[low], b = held[low + half];
       held[low] = a + b;
       held[low + half] = a - b;
@@ -73,10 +77,17 @@ __global__ void unrotate(const float* __restrict__ x,     // (blocks, core_order
   for (int e = threadIdx.x; e < order; e += blockDim.x) {
     float sum = held[e];
     if (core_order > 1) {
-      const int i = e / sylvester, s = e % sylvester;
+      const unsigned int* row = signs + (e >> bits) * words;
+      const float* v = held + (e & ((1 << bits) - 1));
       sum = 0.0f;
+      for (int first = 0; first < core_order; first += 32) {
+        unsigned int negative = row[first / 32];
 #pragma unroll 4
-      for (int j = 0; j < core_order; ++j) sum = fmaf(core[j * core_order + i], held[j * sylvester + s], sum);
+        for (int j = first; j < min(first + 32, core_order); ++j, negative >>= 1) {
+          const float entry = v[j << bits];
+          sum += negative & 1u ? -entry : entry;
+        }
+      }
     }
     const float y = sum * norm;
     out[base + e] = gain == nullptr ? y : y * gain[column + e];

@@ -1,0 +1,1 @@
+"""Where the largest value of a row is."""
