@@ -15,4 +15,7 @@ TokenizerFrom = Annotated[
     str | None, typer.Option("--tokenizer", help="Folder or Hub id of the tokenizer, if not the model's own.")
 ]
 BackendName = Annotated[str, typer.Option("--backend", help="auto, cpu or cuda.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on where an interrupted run with this --output stopped.")
+]
 DEFAULT_WORKDIR = Path("qmamba-artifacts")

@@ -23,12 +23,13 @@ from qmamba_cli.artifacts.calibration import read_calibration
 from qmamba_cli.artifacts.quantized import read_quantized
 from qmamba_cli.artifacts.workdir import Workdir
 from qmamba_cli.errors import ArtifactError, QmambaError
+from qmamba_cli.evaluation.results import to_json
 from qmamba_cli.model.quantize import Recipe
 from qmamba_cli.modes import mode_by_name
 from qmamba_cli.stages.export import ExportOptions, export
 from qmamba_cli.stages.folder import FolderOptions
-from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_task
-from qmamba_cli.stages.save import save_results
+from qmamba_cli.stages.partial import Keeper
+from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_task, samples_path
 
 # What CI runs; `--kills` and `--fuzz-examples` ask for more.
 CI_KILLS = 3
@@ -74,7 +75,9 @@ def _run(folder: Path, version: str) -> None:
     mode = mode_by_name("0" if version == OLD else "2-4")
     loaded = load_model(ModelOptions(mode=mode, checkpoint=folder / FILE))
     results, lines = run_task(loaded, TaskOptions(task="lastword", limit=1))
-    save_results(folder / RESULTS, results, lines, force=True)
+    output = folder / RESULTS
+    keeper = Keeper(command="run", output=output, force=True)
+    keeper.write(to_json(results), {samples_path(output): "".join(lines)}, partial=False)
 
 
 def _mode(path: Path) -> str:

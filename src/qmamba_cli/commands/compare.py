@@ -8,15 +8,14 @@ import typer
 
 from qmamba_cli import console
 from qmamba_cli.commands.gate_options import BaselineResults, Gates, Junit, split_baseline
+from qmamba_cli.commands.interrupted import end_if_partial
 from qmamba_cli.errors import UsageError
-from qmamba_cli.options import DEFAULT_WORKDIR, BackendName, Force, Json, Offline, Quiet, Workdir
+from qmamba_cli.options import DEFAULT_WORKDIR, BackendName, Force, Json, Offline, Quiet, Resume, Workdir
 from qmamba_cli.views.compare import show_comparison
 from qmamba_cli.views.gates import show_gates
 
 if TYPE_CHECKING:
     from qmamba_cli.stages.compare import Comparison
-
-_INTERRUPTED = 130
 
 N = TypeVar("N", int, float)
 
@@ -60,10 +59,7 @@ def compare(
     junit: Junit = None,
     output: Annotated[Path | None, typer.Option(help="Write the results to this file.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on where an interrupted comparison with this --output stopped."),
-    ] = False,
+    resume: Resume = False,
     workdir: Workdir = DEFAULT_WORKDIR,
     force: Force = False,
     as_json: Json = False,
@@ -71,10 +67,13 @@ def compare(
     offline: Offline = False,
 ) -> None:
     """Score every mode and the float model on the same documents and say what separates them."""
+    from qmamba_cli.evaluation.results import to_json
     from qmamba_cli.stages import compare as stage
     from qmamba_cli.stages.gates import GateOptions, hold_gates, open_gates, require_passed
+    from qmamba_cli.stages.partial import Keeper
 
     baseline, baseline_results = split_baseline(baseline, baseline_results)
+    keeper = Keeper(command="compare", output=output, resume=resume, force=force)
     options = stage.CompareOptions(
         modes=tuple(name.strip() for name in modes.split(",")),
         changes=tuple(assignments or ()),
@@ -93,28 +92,21 @@ def compare(
         workdir=workdir,
         backend=backend,
         offline=offline,
-        output=output,
-        resume=resume,
-        force=force,
+        keeper=keeper,
     )
     opened = open_gates(
         GateOptions(expressions=gates or (), baseline_results=baseline_results, junit=junit, force=force),
         task=task,
         modes=stage.names_of(options),
     )
-    if html is not None:
-        _check_page(html, output, force=force)
+    keeper.check(html)
     comparison = stage.compare(options, progress=console.progress(quiet=quiet or as_json))
-    if output is not None:
-        stage.save_comparison(output, comparison, force=force, resume=resume)
-    if html is not None:
-        _save_page(html, comparison, force=force)
+    pages = {} if html is None else {html: _page(comparison)}
+    keeper.write(to_json(comparison.results), pages, partial=comparison.partial)
     show_comparison(comparison, output=output, as_json=as_json)
     if html is not None:
         console.note(f"page written to {html}")
-    if comparison.partial:
-        console.note("the results are partial; go on with the same command and `--resume`")
-        raise typer.Exit(_INTERRUPTED)
+    end_if_partial(keeper, partial=comparison.partial)
     outcomes = hold_gates(
         opened, comparison.results, seconds=comparison.results["qmamba"]["seconds"], name="compare"
     )
@@ -122,26 +114,13 @@ def compare(
     require_passed(outcomes)
 
 
-def _check_page(html: Path, output: Path | None, *, force: bool) -> None:
-    from qmamba_cli.artifacts.files import check_output
-
-    if output is not None and output.resolve() == html.resolve():
-        raise UsageError(
-            f"two outputs go to one file, got `{html}` twice, expected a file each",
-            hint="give `--output` and `--html` names of their own",
-        )
-    check_output(html, force=force)
-
-
-def _save_page(html: Path, comparison: "Comparison", *, force: bool) -> None:
+def _page(comparison: "Comparison") -> str:
     from qmamba_cli.evaluation.compare import chart_data
     from qmamba_cli.evaluation.results import json_safe
     from qmamba_cli.html.compare import compare_page
-    from qmamba_cli.stages.reports import save_reports
 
     record = json_safe(comparison.results)
-    charts = chart_data(list(record["modes"]), comparison.table)
-    save_reports({html: compare_page(record, charts)}, force=force)
+    return compare_page(record, chart_data(list(record["modes"]), comparison.table))
 
 
 def _numbers(option: str, text: str | None, kind: Callable[[str], N]) -> tuple[N, ...]:

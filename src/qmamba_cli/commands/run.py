@@ -8,6 +8,7 @@ import typer
 
 from qmamba_cli import console
 from qmamba_cli.commands.gate_options import BaselineResults, Gates, Junit, split_baseline
+from qmamba_cli.commands.interrupted import end_if_partial
 from qmamba_cli.errors import UsageError
 from qmamba_cli.modes import COLUMNS, DEFAULT_MODE, MODES, VARIABLES, Mode, mode_by_name, mode_from_variables
 from qmamba_cli.options import (
@@ -18,6 +19,7 @@ from qmamba_cli.options import (
     Json,
     Offline,
     Quiet,
+    Resume,
     TokenizerFrom,
     Workdir,
 )
@@ -66,6 +68,7 @@ def run(
     log_samples: Annotated[
         bool, typer.Option("--log-samples", help="Also write one line a document beside --output.")
     ] = False,
+    resume: Resume = False,
     workdir: Workdir = DEFAULT_WORKDIR,
     force: Force = False,
     dry_run: DryRun = False,
@@ -84,16 +87,17 @@ def run(
     baseline, baseline_results = split_baseline(baseline, baseline_results)
     if prompt is not None and (gates or baseline_results is not None or junit is not None):
         raise UsageError("`--gate`, `--baseline-results` and `--junit` belong to `--task`, got `--prompt`")
-    if prompt is not None and (output is not None or log_samples):
-        raise UsageError("`--output` and `--log-samples` belong to `--task`, got `--prompt`")
+    if prompt is not None and (output is not None or log_samples or resume):
+        raise UsageError("`--output`, `--log-samples` and `--resume` belong to `--task`, got `--prompt`")
     if log_samples and output is None:
         raise UsageError("`--log-samples` needs `--output FILE`", hint="the log is written beside that file")
 
+    from qmamba_cli.evaluation.results import to_json
     from qmamba_cli.stages.distributed import joined, world_of
     from qmamba_cli.stages.gates import GateOptions, hold_gates, open_gates, require_passed
     from qmamba_cli.stages.harness import is_harness_task, run_harness_task
-    from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_task
-    from qmamba_cli.stages.save import check_outputs, save_results
+    from qmamba_cli.stages.partial import Keeper
+    from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_task, samples_path
 
     world = world_of(context.obj or {})
     if world.size > 1 and (prompt is not None or is_harness_task(task or "")):
@@ -101,7 +105,14 @@ def run(
             f"several processes share built-in tasks only, got {'a prompt' if prompt else f'`{task}`'}",
             hint="run it without `torchrun`, or name one of the built-in tasks",
         )
-    check_outputs(output, log_samples=log_samples, force=force)
+    if resume and (world.size > 1 or is_harness_task(task or "")):
+        raise UsageError(
+            f"`--resume` belongs to the built-in tasks on one process, got {world.size} and `{task}`",
+            hint="run it from the start",
+        )
+    keeper = Keeper(command="run", output=output, resume=resume, force=force)
+    log = samples_path(output) if log_samples and output is not None else None
+    keeper.check(log)
     opened = open_gates(
         GateOptions(expressions=gates or (), baseline_results=baseline_results, junit=junit, force=force),
         task=task or "",
@@ -135,6 +146,7 @@ def run(
             batch_size=batch_size,
             seqlen=seqlen,
             baseline=baseline,
+            keeper=keeper,
         )
         if is_harness_task(options.task):
             results, lines = run_harness_task(loaded, options, log_samples=log_samples)
@@ -143,9 +155,10 @@ def run(
             results, lines = run_task(loaded, options, group=group, offline=offline, progress=bar)
     if not group.leads:
         return
-    if output is not None:
-        save_results(output, results, lines if log_samples else None, force=force)
+    partial = bool(results.get("partial"))
+    keeper.write(to_json(results), {} if log is None else {log: "".join(lines)}, partial=partial)
     show_results(results, output=output, as_json=as_json)
+    end_if_partial(keeper, partial=partial)
     outcomes = hold_gates(opened, results, seconds=results["qmamba"]["seconds"], name="run")
     show_gates(outcomes)
     require_passed(outcomes)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from qmamba_cli.evaluation.batches import Batch
-from qmamba_cli.evaluation.scoring import TokenScores
+from qmamba_cli.evaluation.scoring import LastWordScore, PerplexityScore, TokenScores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,6 +91,35 @@ class ScoreTable:
         starts = np.cumsum(self.tokens) - self.tokens
         every: NDArray[np.bool_] = np.logical_and.reduceat(self.correct[row], starts)
         return every
+
+    def last_words(self, row: int, texts: Sequence[str]) -> list[LastWordScore]:
+        """One model's scores as `scoring.score_last_word` gives them, of the documents that are here.
+
+        Args:
+            row: the model.
+            texts: every document by its index.
+        """
+        columns = zip(self.documents, self.document_ll[row], self.greedy(row), self.tokens, strict=True)
+        return [
+            LastWordScore(
+                doc_id=int(document),
+                target=" " + texts[document].split(" ")[-1],
+                ll=float(ll),
+                greedy=bool(greedy),
+                tokens=int(tokens),
+            )
+            for document, ll, greedy, tokens in columns
+        ]
+
+    def running_text(self, row: int) -> PerplexityScore:
+        """One model's scores as `scoring.score_perplexity` gives them; every document has as many tokens."""
+        shape = (len(self.documents), -1)
+        return PerplexityScore(
+            nll=-self.ll[row].astype(np.float64).reshape(shape),
+            correct=self.correct[row].reshape(shape),
+            kl=None if self.kl is None else self.kl[row].reshape(shape),
+            agrees=None if self.agrees is None else self.agrees[row].reshape(shape),
+        )
 
     def identical(self, a: int, b: int) -> bool:
         """Whether two models have the same bits in every score."""

@@ -1,7 +1,5 @@
 """All modes on the same documents at one batch size, and what separates them."""
 
-import functools
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,32 +9,16 @@ from typing import Any
 import torch
 
 from qmamba_cli.artifacts.checkpoint import Checkpoint
-from qmamba_cli.artifacts.files import atomic_file, canonical_json, check_output
 from qmamba_cli.artifacts.manifest import library_versions, tool_version
 from qmamba_cli.artifacts.quantized import QuantizedArtifact, read_quantized
 from qmamba_cli.artifacts.workdir import Workdir
-from qmamba_cli.errors import CheckpointError, UsageError
-from qmamba_cli.evaluation.batches import (
-    Batch,
-    last_word_requests,
-    request_batches,
-    require_positive,
-    window_batches,
-)
+from qmamba_cli.errors import CheckpointError
+from qmamba_cli.evaluation.batches import Batch, require_positive
 from qmamba_cli.evaluation.compare import compare_scores
-from qmamba_cli.evaluation.documents import (
-    load_lambada_openai,
-    load_lastword,
-    perplexity_windows,
-    read_text_documents,
-)
 from qmamba_cli.evaluation.paired import FEW_CLUSTERS
-from qmamba_cli.evaluation.results import to_json
 from qmamba_cli.evaluation.score_table import ScoreTable
-from qmamba_cli.evaluation.scoring import require_vocabulary, score_batch
 from qmamba_cli.evaluation.tasks import Task, task_by_name
 from qmamba_cli.kernels.backend import Backend, select_backend
-from qmamba_cli.model.mamba import Mamba
 from qmamba_cli.progress import Progress, silent
 from qmamba_cli.stages.common import check_seed, within_gpu_memory
 from qmamba_cli.stages.lineup import (
@@ -49,7 +31,9 @@ from qmamba_cli.stages.lineup import (
     plan_entries,
     without_repeats,
 )
-from qmamba_cli.stages.partial import check_partial, load_partial, partial_path, save_partial
+from qmamba_cli.stages.partial import Keeper, fingerprint_of
+from qmamba_cli.stages.score_tables import score_table
+from qmamba_cli.stages.task_batches import require_text, task_batches
 from qmamba_cli.tokenizer import Tokenizer
 
 
@@ -75,9 +59,7 @@ class CompareOptions:
         workdir: the work folder.
         backend: auto, cpu or cuda.
         offline: use only the Hub's local cache.
-        output: the results file, beside which an interrupted comparison keeps its scores, or None.
-        resume: go on where an interrupted comparison stopped, if there was one.
-        force: replace an existing results file.
+        keeper: where an interrupted comparison keeps its scores; with None an interrupt is raised.
     """
 
     modes: Sequence[str] = (ALL,)
@@ -97,9 +79,7 @@ class CompareOptions:
     workdir: Path = Path("qmamba-artifacts")
     backend: str = "auto"
     offline: bool = False
-    output: Path | None = None
-    resume: bool = False
-    force: bool = False
+    keeper: Keeper | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,7 +106,7 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
     and an output is named, the scores so far. Deterministic given these, the options and the machine.
 
     Raises:
-        KeyboardInterrupt: it was interrupted before there was anything to keep, or nowhere to keep it.
+        KeyboardInterrupt: it was interrupted before there was anything to show.
         UsageError: an option is out of range or does not belong to the task.
         ArtifactError: an artifact is damaged or of another lineage.
         QmambaError: an input or the backend is missing.
@@ -137,7 +117,17 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
     plan = plan_entries(options.modes, options.changes, options.alphas, options.w_bits)
     backend = select_backend(options.backend)
     artifact = read_quantized(options.checkpoint or Workdir(options.workdir).resolve_export().path)
-    batches, original = _batches(task, options, Tokenizer.from_files(artifact.files))
+    found = task_batches(
+        task,
+        Tokenizer.from_files(artifact.files),
+        data=options.data,
+        text_column=options.text_column,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        seqlen=options.seqlen,
+        offline=options.offline,
+    )
+    batches = found.batches
     checkpoint, missing = open_baseline(options.baseline, artifact, offline=options.offline)
     if plan.wants_float and checkpoint is None:
         raise CheckpointError(
@@ -152,21 +142,29 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
         models = build_models(
             entries, artifact, checkpoint, backend, calibration=options.calibration, workdir=options.workdir
         )
-        require_vocabulary(models[-1], batches)
-        table, partial = _score(models, batches, reference, options, fingerprint, progress)
-    names = [entry.name for entry in entries]
-    results = compare_scores(
-        names,
-        table,
-        last_word=task.is_last_word,
-        reference=None if reference is None else names[reference],
-        seed=options.seed,
-        progress=progress,
-    )
-    results |= {"partial": True} if partial else {}
+        scored = score_table(
+            models,
+            batches,
+            reference=reference,
+            keeper=options.keeper,
+            fingerprint=fingerprint,
+            description=f"scoring in {len(models)} modes",
+            progress=progress,
+        )
+    names, table = [entry.name for entry in entries], scored.table
+    with scored.kept():
+        results = compare_scores(
+            names,
+            table,
+            last_word=task.is_last_word,
+            reference=None if reference is None else names[reference],
+            seed=options.seed,
+            progress=progress,
+        )
+    results |= {"partial": True} if scored.partial else {}
     results["qmamba"] = {
         "task": task.config(None if options.data is None else str(options.data)),
-        "documents": {"original": original, "effective": len(table.documents)},
+        "documents": {"original": found.original, "effective": len(table.documents)},
         "tokens": int(table.tokens.sum()),
         "scored": "tokens of the last word" if task.is_last_word else "tokens of a window but the first",
         "batch_size": options.batch_size,
@@ -178,7 +176,7 @@ def compare(options: CompareOptions, *, progress: Progress = silent) -> Comparis
         "seconds": round(time.perf_counter() - started, 3),
     }
     notes = _notes(plan, missing, len(table.documents), task)
-    return Comparison(results=results, table=table, partial=partial, notes=notes)
+    return Comparison(results=results, table=table, partial=scored.partial, notes=notes)
 
 
 def _notes(plan: Plan, missing: str, documents: int, task: Task) -> tuple[str, ...]:
@@ -203,93 +201,12 @@ def names_of(options: CompareOptions) -> list[str]:
     return [float_entry().name, *(entry.name for entry in plan.entries)]
 
 
-def check_comparison_output(output: Path, *, force: bool, resume: bool) -> None:
-    """Refuse an output path before any work is done for it.
-
-    Raises:
-        QmambaError: it exists and may not be replaced, it cannot be written, or an interrupted comparison
-            left its scores beside it and neither ``force`` nor ``resume`` says what to do.
-    """
-    check_partial(output, force=force, resume=resume)
-    check_output(output, force=force or (resume and partial_path(output).exists()))
-
-
-def save_comparison(output: Path, comparison: Comparison, *, force: bool, resume: bool = False) -> None:
-    """Write the results; those of a whole comparison replace what an interrupted one left.
-
-    Raises:
-        QmambaError: the file exists and may not be replaced, or cannot be written.
-    """
-    scores = partial_path(output)
-    with atomic_file(output, force=force or (resume and scores.exists())) as temporary:
-        temporary.write_text(to_json(comparison.results), encoding="utf-8")
-    if not comparison.partial:
-        scores.unlink(missing_ok=True)
-
-
 def _check_options(task: Task, options: CompareOptions) -> None:
     require_positive(batch_size=options.batch_size)
     if options.limit is not None:
         require_positive(limit=options.limit)
     check_seed(options.seed)
-    if not task.is_last_word and options.data is None:
-        raise UsageError(
-            f"`--task {task.name}` needs a text", hint="add `--task-data FILE`, a .txt or a .jsonl"
-        )
-    if options.resume and options.output is None:
-        raise UsageError(
-            "`--resume` needs `--output FILE`, got none", hint="name the file of the earlier run"
-        )
-    if options.output is not None:
-        check_comparison_output(options.output, force=options.force, resume=options.resume)
-
-
-def _batches(task: Task, options: CompareOptions, tokenizer: Tokenizer) -> tuple[list[Batch], int]:
-    """The batches that every model reads, and how many documents there were before the limit."""
-    if options.data is not None:
-        texts = read_text_documents(options.data, column=options.text_column)
-    elif task.name == "lastword":
-        texts = load_lastword()
-    else:
-        texts = load_lambada_openai(offline=options.offline)
-    if not task.is_last_word:
-        windows = perplexity_windows(tokenizer, texts, options.seqlen)
-        return window_batches(windows[: options.limit], batch_size=options.batch_size), len(windows)
-    requests = last_word_requests(tokenizer, texts[: options.limit])
-    return request_batches(requests, batch_size=options.batch_size), len(texts)
-
-
-def _score(
-    models: Sequence[Mamba],
-    batches: Sequence[Batch],
-    reference: int | None,
-    options: CompareOptions,
-    fingerprint: str,
-    progress: Progress,
-) -> tuple[ScoreTable, bool]:
-    """The scores of all batches, or of the first ones and True when it was interrupted."""
-    parts: list[ScoreTable] = []
-    finished = 0
-    if options.resume and options.output is not None:
-        kept = load_partial(options.output, fingerprint=fingerprint, models=len(models))
-        if kept is not None:
-            parts, finished = [kept[0]], kept[1]
-    documents = sum(len(batch.documents) for batch in batches)
-    try:
-        with progress(f"scoring in {len(models)} modes", documents * len(models)) as advance:
-            advance(len(models) * sum(len(part.documents) for part in parts))
-            for batch in batches[finished:]:
-                read = functools.partial(advance, len(batch.documents))
-                scores = score_batch(models, batch, reference=reference, on_model=read)
-                parts.append(ScoreTable.of_batch(batch, scores))
-                finished += 1
-    except KeyboardInterrupt:
-        if options.output is None or not parts:
-            raise
-        table = ScoreTable.joined(parts)
-        save_partial(options.output, table, batches=finished, fingerprint=fingerprint)
-        return table, True
-    return ScoreTable.joined(parts), False
+    require_text(task, options.data)
 
 
 def _fingerprint(
@@ -299,16 +216,10 @@ def _fingerprint(
     checkpoint: Checkpoint | None,
     backend: Backend,
 ) -> str:
-    """Digest of everything that the scores depend on."""
-    digest = hashlib.sha256()
-    provenance = _provenance(artifact, checkpoint, backend)
-    record = {**provenance, "artifact": artifact.digest, "rows": [[e.name, e.record()] for e in entries]}
-    digest.update(canonical_json(record).encode("ascii"))
-    for batch in batches:
-        for tensor in (batch.ids, batch.rows, batch.positions, batch.targets):
-            digest.update(canonical_json(list(tensor.shape)).encode("ascii"))
-            digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    rows = [[entry.name, entry.record()] for entry in entries]
+    # The file's path may change, its digest not.
+    record = {**_provenance(artifact, checkpoint, backend), "artifact": artifact.digest, "rows": rows}
+    return fingerprint_of(record, batches)
 
 
 def _provenance(

@@ -25,7 +25,7 @@ def check_reports(paths: Iterable[Path | None], *, force: bool) -> None:
         if path.resolve() in seen:
             raise UsageError(
                 f"two outputs go to one file, got `{path}` twice, expected a file each",
-                hint="give `--output`, `--csv` and `--html` names of their own",
+                hint="give every output a name of its own",
             )
         seen.add(path.resolve())
         check_output(path, force=force)

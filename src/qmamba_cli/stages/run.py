@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,7 @@ import torch
 
 from qmamba_cli.artifacts.manifest import library_versions, tool_version
 from qmamba_cli.errors import UsageError
-from qmamba_cli.evaluation.documents import (
-    load_lambada_openai,
-    load_lastword,
-    perplexity_windows,
-    read_text_documents,
-)
+from qmamba_cli.evaluation.batches import Batch
 from qmamba_cli.evaluation.results import (
     build_results,
     last_word_metrics,
@@ -24,9 +19,11 @@ from qmamba_cli.evaluation.results import (
     run_config,
     sample_lines,
 )
+from qmamba_cli.evaluation.score_table import ScoreTable
 from qmamba_cli.evaluation.statistics import BOOTSTRAP_ITERS
 from qmamba_cli.evaluation.tasks import Task, task_by_name
 from qmamba_cli.model.generate import GenerationTimes, generate
+from qmamba_cli.model.mamba import Mamba
 from qmamba_cli.progress import Progress, silent
 from qmamba_cli.stages.common import check_seed, within_gpu_memory
 from qmamba_cli.stages.distributed import ALONE, Group
@@ -36,7 +33,10 @@ from qmamba_cli.stages.load import ModelOptions as ModelOptions
 from qmamba_cli.stages.load import assemble as assemble
 from qmamba_cli.stages.load import load_baseline
 from qmamba_cli.stages.load import load_model as load_model
-from qmamba_cli.stages.shared_scoring import shared_last_word, shared_perplexity
+from qmamba_cli.stages.partial import Keeper, fingerprint_of
+from qmamba_cli.stages.score_tables import Scored, score_table
+from qmamba_cli.stages.shared_scoring import shared_table
+from qmamba_cli.stages.task_batches import require_text, task_batches
 
 # Below it, logits divided by the temperature leave float32's range.
 MIN_TEMPERATURE = 1e-3
@@ -54,6 +54,8 @@ class TaskOptions:
         batch_size: documents a forward pass; it changes the last bits of the scores.
         seqlen: tokens a window of the perplexity task.
         baseline: float model that the perplexity task compares with, or None.
+        keeper: where an interrupted scoring keeps its scores; with None, or where several processes share
+            the work, an interrupt is raised.
     """
 
     task: str
@@ -63,6 +65,16 @@ class TaskOptions:
     batch_size: int = 16
     seqlen: int = 512
     baseline: str | None = None
+    keeper: Keeper | None = None
+
+
+def samples_path(output: Path) -> Path:
+    """Where the sample log of a results file goes.
+
+    >>> samples_path(Path("out/results.json")).as_posix()
+    'out/results.samples.jsonl'
+    """
+    return output.with_name(f"{output.stem}.samples.jsonl")
 
 
 def run_task(
@@ -75,8 +87,9 @@ def run_task(
 ) -> tuple[dict[str, Any], list[str]]:
     """Score a task.
 
-    Reads the task's texts; writes nothing. Deterministic given the model, the texts, the options and the
-    machine. Where several processes share the work each gets the scores of a single one.
+    Reads the task's texts; writes nothing but, when it is interrupted and an output is named, the scores so
+    far. Deterministic given the model, the texts, the options and the machine. Where several processes share
+    the work each gets the scores of a single one.
 
     Args:
         loaded: the model.
@@ -87,28 +100,36 @@ def run_task(
 
     Returns:
         The results in lm-eval's layout with a ``qmamba`` block, and the lines of the sample log (none for
-        running text).
+        running text). Interrupted, they are those of the first batches, and ``partial`` is true.
 
     Raises:
+        KeyboardInterrupt: it was interrupted before there was anything to show, or has no keeper.
         UsageError: an option is out of range or does not belong to the task.
         DatasetError: the texts are missing or malformed.
     """
     task = task_by_name(options.task)
     _check_task_options(task, options)
     started = time.perf_counter()
+    found = task_batches(
+        task,
+        loaded.tokenizer,
+        data=options.data,
+        text_column=options.text_column,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        seqlen=options.seqlen,
+        offline=offline,
+    )
     with within_gpu_memory(options.batch_size):
-        if task.is_last_word:
-            metrics, original, effective, lines = _run_last_word(
-                loaded, task, options, group, offline, progress
-            )
-        else:
-            metrics, original, effective, lines = _run_perplexity(loaded, options, group, offline, progress)
+        scored = _scored(loaded, task, options, found.batches, group, offline, progress)
+    with scored.kept():
+        metrics, lines = _metrics(task, scored.table, found.texts)
     model = loaded.model
     results = build_results(
         task,
         metrics,
-        original=original,
-        effective=effective,
+        original=found.original,
+        effective=len(scored.table.documents),
         config=run_config(
             model="qmamba",
             model_args={"name": loaded.name, "mode": model.mode.name},
@@ -119,18 +140,14 @@ def run_task(
         ),
         qmamba={
             "mode": {"name": model.mode.name, **model.mode.columns()},
-            "backend": model.backend.name,
-            "device": str(model.backend.device),
+            **_circumstances(model),
             **loaded.provenance,
-            "tool_version": tool_version(),
-            "versions": library_versions(),
-            "threads": torch.get_num_threads(),
             **({"processes": group.world.size} if group.world.size > 1 else {}),
             "seconds": round(time.perf_counter() - started, 3),
         },
         dataset=None if options.data is None else str(options.data),
     )
-    return results, lines
+    return results | ({"partial": True} if scored.partial else {}), lines
 
 
 def _check_task_options(task: Task, options: TaskOptions) -> None:
@@ -143,42 +160,65 @@ def _check_task_options(task: Task, options: TaskOptions) -> None:
             f"`--baseline` belongs to the perplexity task, got `--task {task.name}`",
             hint="`qmamba run --task perplexity --task-data FILE --baseline MODEL`",
         )
-    if not task.is_last_word and options.data is None:
-        raise UsageError(
-            f"`--task {task.name}` needs a text", hint="add `--task-data FILE`, a .txt or a .jsonl"
-        )
+    require_text(task, options.data)
 
 
-def _run_last_word(
-    loaded: LoadedModel, task: Task, options: TaskOptions, group: Group, offline: bool, progress: Progress
-) -> tuple[dict[str, float | str], int, int, list[str]]:
-    if options.data is not None:
-        documents = read_text_documents(options.data, column=options.text_column)
-    elif task.name == "lastword":
-        documents = load_lastword()
-    else:
-        documents = load_lambada_openai(offline=offline)
-    scored = documents[: options.limit]
-    scores = shared_last_word(
-        group, loaded.model, loaded.tokenizer, scored, batch_size=options.batch_size, progress=progress
-    )
-    return last_word_metrics(scores), len(documents), len(scored), list(sample_lines(scores))
-
-
-def _run_perplexity(
-    loaded: LoadedModel, options: TaskOptions, group: Group, offline: bool, progress: Progress
-) -> tuple[dict[str, float | str], int, int, list[str]]:
-    assert options.data is not None
-    texts = read_text_documents(options.data, column=options.text_column)
-    windows = perplexity_windows(loaded.tokenizer, texts, options.seqlen)
-    baseline = None
+def _scored(
+    loaded: LoadedModel,
+    task: Task,
+    options: TaskOptions,
+    batches: Sequence[Batch],
+    group: Group,
+    offline: bool,
+    progress: Progress,
+) -> Scored:
+    """The scores of the model, in the last row of the table, behind those of the baseline if there is one."""
+    model = loaded.model
+    models, reference = [model], None
     if options.baseline is not None:
-        baseline = load_baseline(options.baseline, loaded, offline)
-    scored = windows[: options.limit]
-    score = shared_perplexity(
-        group, loaded.model, scored, baseline=baseline, batch_size=options.batch_size, progress=progress
+        models, reference = [load_baseline(options.baseline, loaded, offline), model], 0
+    description = "scoring last words" if task.is_last_word else "scoring windows"
+    if group.world.size > 1:
+        table = shared_table(
+            group, models, batches, reference=reference, description=description, progress=progress
+        )
+        return Scored(table=table, partial=False, done=len(batches), keeper=None, fingerprint="")
+    record = {
+        **loaded.provenance,
+        # The file's path may change, its digest not.
+        "artifact": (loaded.provenance["artifact"] or {}).get("digest"),
+        "mode": model.mode.columns(),
+        "baseline": options.baseline,
+        **_circumstances(model),
+    }
+    return score_table(
+        models,
+        batches,
+        reference=reference,
+        keeper=options.keeper,
+        fingerprint=fingerprint_of(record, batches),
+        description=description,
+        progress=progress,
     )
-    return perplexity_metrics(score), len(windows), len(scored), []
+
+
+def _circumstances(model: Mamba) -> dict[str, Any]:
+    """What the last bits of a score depend on beside the model and the text."""
+    return {
+        "backend": model.backend.name,
+        "device": str(model.backend.device),
+        "tool_version": tool_version(),
+        "versions": library_versions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _metrics(task: Task, table: ScoreTable, texts: Sequence[str]) -> tuple[dict[str, float | str], list[str]]:
+    """The metrics of the last model of the table, and the lines of the sample log."""
+    if not task.is_last_word:
+        return perplexity_metrics(table.running_text(-1)), []
+    scores = table.last_words(-1, texts)
+    return last_word_metrics(scores), list(sample_lines(scores))
 
 
 def run_prompt(

@@ -2,13 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qmamba_cli import console
 from qmamba_cli.console import Column
-
-if TYPE_CHECKING:
-    pass
 
 # How much of lm-eval's layout a person wants to see, and in what order.
 _METRICS = ("acc", "perplexity", "bits_per_token", "top1_acc", "kl", "same_top1")
@@ -24,9 +21,10 @@ def show_results(results: Mapping[str, Any], *, output: Path | None, as_json: bo
     extra = results["qmamba"]
     for task, metrics in results["results"].items():
         counts = results["n-samples"][task]
+        marked = ", partial" if results.get("partial") else ""
         title = (
             f"{task}: mode {extra['mode']['name']}, {extra['weights']}, {extra['backend']}, "
-            f"{counts['effective']} of {counts['original']}, {extra['seconds']:.1f} s"
+            f"{counts['effective']} of {counts['original']}{marked}, {extra['seconds']:.1f} s"
         )
         columns = (Column("metric"), Column("value", True), Column("standard error", True))
         rows = [
