@@ -12,9 +12,9 @@ from qmamba_cli.evaluation.sensitivity import (
     CSV_COLUMNS,
     Target,
     TensorError,
+    against_everything,
     alone,
     csv_lines,
-    left_out,
     linear_histogram,
     tensor_error,
 )
@@ -121,7 +121,7 @@ def test_the_most_expensive_tensor_comes_first():
 
 def test_what_helps_most_when_left_out_comes_first():
     a, b = Target(site="a"), Target(site="b")
-    rows = left_out({a: outcome(0.9), b: outcome(0.4)}, outcome(1.0), {}, layers=1)
+    rows = against_everything({a: outcome(0.9), b: outcome(0.4)}, outcome(1.0), {}, layers=1)
     assert [row.target for row in rows] == [b, a]
     assert [row.share for row in rows] == pytest.approx([0.6, 0.1])
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from qmamba_cli import console
+from qmamba_cli.commands.interrupted import end_if_partial
 from qmamba_cli.options import (
     DEFAULT_WORKDIR,
     BackendName,
@@ -13,6 +14,7 @@ from qmamba_cli.options import (
     Json,
     Offline,
     Quiet,
+    Resume,
     TokenizerFrom,
     Workdir,
 )
@@ -32,6 +34,10 @@ def sensitivity(
     leave_one_out: Annotated[
         bool, typer.Option("--leave-one-out/--no-leave-one-out", help="Also everything but one tensor.")
     ] = True,
+    per_token: Annotated[
+        bool,
+        typer.Option("--per-token", help="Also everything quantized, one tensor with one scale a token."),
+    ] = False,
     w_bits: Annotated[int, typer.Option(help="Bits of in_proj and out_proj: 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Input channels that share a W4 multiplier.")] = 128,
     alpha: Annotated[
@@ -49,6 +55,7 @@ def sensitivity(
     output: Annotated[Path | None, typer.Option(help="Write the JSON to this file.")] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write the rows to this file.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None,
+    resume: Resume = False,
     workdir: Workdir = DEFAULT_WORKDIR,
     force: Force = False,
     as_json: Json = False,
@@ -59,11 +66,12 @@ def sensitivity(
     from qmamba_cli.evaluation.results import json_safe, to_json
     from qmamba_cli.html.sensitivity import sensitivity_page
     from qmamba_cli.model.quantize import Recipe
-    from qmamba_cli.stages.reports import check_reports, save_reports
+    from qmamba_cli.stages.partial import Keeper
     from qmamba_cli.stages.sensitivity import SensitivityOptions
     from qmamba_cli.stages.sensitivity import sensitivity as stage
 
-    check_reports((output, csv, html), force=force)
+    keeper = Keeper(command="sensitivity", output=output, resume=resume, force=force)
+    keeper.check(csv, html)
     report = stage(
         SensitivityOptions(
             model=model,
@@ -79,18 +87,20 @@ def sensitivity(
             recipe=Recipe(w_bits=w_bits, group_size=group_size),
             alpha=alpha,
             leave_one_out=leave_one_out,
+            per_token=per_token,
             backend=backend,
             tokenizer=tokenizer,
             offline=offline,
+            keeper=keeper,
         ),
         progress=console.progress(quiet=quiet or as_json),
     )
     texts: dict[Path, str] = {}
-    if output is not None:
-        texts[output] = to_json(report.record())
-    if csv is not None:
+    # A CSV has no place for the mark of a partial result.
+    if csv is not None and not report.partial:
         texts[csv] = sensitivity_csv(report)
     if html is not None:
         texts[html] = sensitivity_page(json_safe(report.record()))
-    save_reports(texts, force=force)
-    show_sensitivity(report, written=list(texts), as_json=as_json)
+    written = keeper.write(to_json(report.record()), texts, partial=report.partial)
+    show_sensitivity(report, written=written, as_json=as_json)
+    end_if_partial(keeper, partial=report.partial)

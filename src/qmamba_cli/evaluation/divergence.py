@@ -54,11 +54,67 @@ class Outcome:
         return interval(self.kl, self.tokens)
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class Tally:
+    """What `compare_with_float` has added up, as far as it has come.
+
+    Attributes:
+        sums: (m, 2, n) float64, KL divergence and change of the log-likelihood, of each model on each
+            document.
+        tokens: (n,) int64, scored tokens of each document.
+        done: finished steps; a step is some models on one batch, batch after batch.
+    """
+
+    sums: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+    done: int = 0
+
+    @classmethod
+    def empty(cls, models: int, batches: Sequence[Batch]) -> "Tally":
+        """Nothing added up yet."""
+        tokens = np.zeros(sum(len(batch.documents) for batch in batches), dtype=np.int64)
+        for batch in batches:
+            tokens[list(batch.documents)] = batch.tokens
+        return cls(sums=np.zeros((models, 2, len(tokens))), tokens=tokens)
+
+    @property
+    def models(self) -> int:
+        """Number of models."""
+        return len(self.sums)
+
+    @property
+    def _steps(self) -> int:
+        """Steps of a batch."""
+        return -(-self.models // _SIDE_BY_SIDE)
+
+    @property
+    def units(self) -> int:
+        """How often a model has read a batch."""
+        whole, rest = divmod(self.done, self._steps)
+        return whole * self.models + rest * _SIDE_BY_SIDE
+
+    def outcomes(self, batches: Sequence[Batch]) -> list[Outcome | None]:
+        """One entry a model, all over the same documents: those of the batches that every model has read.
+
+        Where there is no such batch yet they are the first one's, and None stands for each model that has not
+        read it.
+        """
+        whole, rest = divmod(self.done, self._steps)
+        read = self.models if whole else rest * _SIDE_BY_SIDE
+        chosen = sorted(document for batch in batches[: max(whole, 1)] for document in batch.documents)
+        tokens = self.tokens[chosen]
+        return [
+            Outcome(kl=kl[chosen], delta_ll=gained[chosen], tokens=tokens) if number < read else None
+            for number, (kl, gained) in enumerate(self.sums)
+        ]
+
+
 def compare_with_float(
     baseline: LanguageModel,
     models: Sequence[LanguageModel],
     batches: Sequence[Batch],
     *,
+    tally: Tally | None = None,
     advance: Advance = lambda _units: None,
 ) -> list[Outcome]:
     """Run the same tokens through the float model and through each of the others.
@@ -67,19 +123,22 @@ def compare_with_float(
         baseline: the float model.
         models: the others; they share its vocabulary.
         batches: from `batches.window_batches` or `batches.request_batches`.
-        advance: called with 1 for each model that has finished a batch.
+        tally: of an earlier run of the same that was interrupted, to go on with; what is measured is added to
+            it, so that an interrupt leaves it valid.
+        advance: called with the number of models that have finished a batch.
 
     Returns:
         One entry a model.
     """
-    documents = sum(len(batch.documents) for batch in batches)
-    sums = np.zeros((len(models), 2, documents))
-    tokens = np.zeros(documents, dtype=np.int64)
-    for batch in batches:
+    tally = Tally.empty(len(models), batches) if tally is None else tally
+    starts = range(0, len(models), _SIDE_BY_SIDE)
+    finished = tally.done
+    for index, batch in enumerate(batches):
         places = list(batch.documents)
-        tokens[places] = batch.tokens
         remembered = _Remembered(baseline)
-        for start in range(0, len(models), _SIDE_BY_SIDE):
+        for step, start in enumerate(starts, index * len(starts)):
+            if step < finished:
+                continue
             group = models[start : start + _SIDE_BY_SIDE]
             expected, *scores = score_batch([remembered, *group], batch, reference=0)
             for number, score in enumerate(scores, start):
@@ -87,9 +146,10 @@ def compare_with_float(
                 gained = score.ll.double() - expected.ll.double()
                 for row, values in enumerate((score.kl, gained)):
                     pieces = torch.split(values.cpu(), list(batch.tokens))
-                    sums[number, row, places] = [float(piece.sum()) for piece in pieces]
+                    tally.sums[number, row, places] = [float(piece.sum()) for piece in pieces]
+            tally.done = step + 1
             advance(len(group))
-    return [Outcome(kl=kl, delta_ll=delta_ll, tokens=tokens) for kl, delta_ll in sums]
+    return [outcome for outcome in tally.outcomes(batches) if outcome is not None]
 
 
 class _Remembered:

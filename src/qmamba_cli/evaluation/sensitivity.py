@@ -8,13 +8,13 @@ coarse grid on a tensor that the model does not rely on is cheap.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from qmamba_cli.evaluation.divergence import Outcome
+from qmamba_cli.evaluation.divergence import Outcome, interval
 from qmamba_cli.quant.grid import QMAX, QMIN, dequantize, reciprocal
 from qmamba_cli.quant.histogram import Histogram
 
@@ -98,10 +98,12 @@ class Row:
             the leave-one-out view, with everything quantized but this one.
         kl_ci: its 95 % interval, or None with a single document.
         delta_ll: change of the mean log-likelihood, nats a token.
-        share: of the view's total: the KL over the sum of all rows, or, left out, the part of the fully
-            quantized model's KL that goes away.
+        share: of the view's total: the KL over the sum of all rows, or, where one thing differs from
+            everything quantized, the part of its KL that goes away.
         sqnr_db: the tensor's own signal-to-noise ratio; the mean of the layers' where the row is all of them.
         clip_rate: share of its values beyond the ends of the grid.
+        gain: KL of everything quantized less this row's, nats a token; None where it is not held against it.
+        gain_ci: its 95 % interval, paired: both KL from the same resampled documents.
     """
 
     target: Target
@@ -111,6 +113,8 @@ class Row:
     share: float
     sqnr_db: float | None
     clip_rate: float | None
+    gain: float | None = None
+    gain_ci: tuple[float, float] | None = None
 
     @property
     def cost(self) -> float:
@@ -120,6 +124,9 @@ class Row:
     def record(self) -> dict[str, Any]:
         """The row as one JSON object."""
         part = {} if self.target.part is None else {"part": self.target.part}
+        gain: dict[str, Any] = {}
+        if self.gain is not None:
+            gain = {"gain": self.gain, "gain_ci": None if self.gain_ci is None else list(self.gain_ci)}
         return {
             "site": self.target.site,
             **part,
@@ -130,6 +137,7 @@ class Row:
             "share": self.share,
             "sqnr_db": self.sqnr_db,
             "clip_rate": self.clip_rate,
+            **gain,
         }
 
 
@@ -149,23 +157,27 @@ def alone(outcomes: Mapping[Target, Outcome], errors: Mapping[Target, TensorErro
     return sorted(rows, key=lambda row: row.cost, reverse=True)
 
 
-def left_out(
+def against_everything(
     outcomes: Mapping[Target, Outcome],
     everything: Outcome,
     errors: Mapping[Target, TensorError],
     layers: int,
 ) -> list[Row]:
-    """Rows of tensors left float while everything else is quantized, the one that helps most first.
+    """Rows of models with everything quantized but one difference, the one that helps most first.
 
     Args:
-        outcomes: one a target.
-        everything: with no tensor left out.
+        outcomes: one a target, which is left float or gets a finer grid.
+        everything: without a difference, over the same documents.
         errors: as for `alone`.
         layers: as for `alone`.
     """
     total = everything.kl_mean
     rows = [
-        _row(target, outcome, _share(total - outcome.kl_mean, total), errors, layers)
+        replace(
+            _row(target, outcome, _share(total - outcome.kl_mean, total), errors, layers),
+            gain=total - outcome.kl_mean,
+            gain_ci=interval(everything.kl - outcome.kl, everything.tokens),
+        )
         for target, outcome in outcomes.items()
     ]
     return sorted(rows, key=lambda row: row.cost)
@@ -247,11 +259,15 @@ CSV_COLUMNS: Sequence[str] = (
     "share",
     "sqnr_db",
     "clip_rate",
+    "gain",
+    "gain_low",
+    "gain_high",
 )
 
 
 def _csv_cells(row: Row, view: str) -> Sequence[str | float | int | None]:
     low, high = row.kl_ci or (None, None)
+    gain_low, gain_high = row.gain_ci or (None, None)
     target = row.target
     return (
         view,
@@ -265,6 +281,9 @@ def _csv_cells(row: Row, view: str) -> Sequence[str | float | int | None]:
         row.share,
         row.sqnr_db,
         row.clip_rate,
+        row.gain,
+        gain_low,
+        gain_high,
     )
 
 

@@ -26,7 +26,7 @@ def sensitivity_page(record: Mapping[str, Any]) -> str:
         "weights": context["weights"],
         "alpha": f"{context['alpha']:g}",
         "task": context["task"],
-        "documents": f"{n['documents']} of {n['original']}",
+        "documents": f"{n['documents']} of {n['original']}{', partial' if record.get('partial') else ''}",
         "scored tokens": f"{n['tokens']:,}",
         "everything quantized": f"KL {number(real(everything['kl']))} nats a token",
         "calibration": context["calibration"]["digest"][:12],
@@ -73,6 +73,8 @@ def sensitivity_sections(record: Mapping[str, Any]) -> list[Section]:
         sections.append(Section(heading="One tensor at a time", blocks=_alone(sites)))
     if record["leave_one_out"]:
         sections.append(Section(heading="Everything but one", blocks=_left_out(record)))
+    if record.get("per_token"):
+        sections.append(Section(heading="One scale a token", blocks=_per_token(record)))
     if layers:
         blocks = _layers(record["sites"], layers, record["qmamba"]["layers"])
         sections.append(Section(heading="Layer by layer", blocks=blocks))
@@ -118,7 +120,62 @@ def _left_out(record: Mapping[str, Any]) -> list[Block]:
     text = (
         "Everything is quantized but one tensor, which stays float in all layers: what a finer grid can win."
     )
-    return [Text(text=text), Figure(svg=chart, caption="Percent: change against everything quantized.")]
+    return [
+        Text(text=text),
+        Figure(svg=chart, caption="Percent: change against everything quantized."),
+        _gains(rows),
+    ]
+
+
+def _per_token(record: Mapping[str, Any]) -> list[Block]:
+    rows = record["per_token"]
+    everything = record["everything"]
+    bars = [
+        Bar(label="one scale a tensor", value=real(everything["kl"]), interval=_interval(everything), tone=7)
+    ]
+    bars += [_bar(row, percent(-(real(row["share"]) or 0.0), sign=True)) for row in rows]
+    chart = bar_chart(
+        "KL divergence with one scale a token for one tensor",
+        bars,
+        unit="KL to the float model, nats a token",
+    )
+    text = (
+        "Everything is quantized; one tensor takes the largest magnitude of each token over its channels as "
+        "that token's clip, in place of one clip for all tokens."
+    )
+    return [
+        Text(text=text),
+        Figure(svg=chart, caption="Percent: change against one scale a tensor everywhere."),
+        _gains(rows),
+    ]
+
+
+def _gains(rows: Sequence[Mapping[str, Any]]) -> Table:
+    def ends(interval: Sequence[Any] | None) -> str:
+        return "n/a" if interval is None else " to ".join(number(real(end)) for end in interval)
+
+    return Table(
+        columns=(
+            Column(heading="tensor"),
+            Column(heading="KL", number=True),
+            Column(heading="95 % interval", number=True),
+            Column(heading="gain", number=True),
+            Column(heading="95 % interval", number=True),
+            Column(heading="Δ log-likelihood", number=True),
+        ),
+        rows=[
+            (
+                _label(row),
+                number(real(row["kl"])),
+                ends(row["kl_ci"]),
+                number(real(row.get("gain"))),
+                ends(row.get("gain_ci")),
+                number(real(row["delta_ll"])),
+            )
+            for row in rows
+        ],
+        caption="gain: KL of everything quantized less this, paired, nats a token",
+    )
 
 
 def _layers(

@@ -20,7 +20,7 @@ from qmamba_cli.model.prepare import Load, float_model
 from qmamba_cli.model.quantize import Recipe
 from qmamba_cli.model.weights import BlockWeights, ModelWeights
 from qmamba_cli.modes import MODES
-from qmamba_cli.quant.grid import fake_quantize
+from qmamba_cli.quant.grid import fake_quantize, quantize_per_token
 from qmamba_cli.quant.weights import CODE_MAX, CODE_MIN, quantize_groups, quantize_rows
 
 # What is quantized between the operators: every observed site but the head's input, since the head stays
@@ -48,6 +48,11 @@ def weight_targets(layer: int | None = None) -> list[Target]:
     """The weights of a layer, or of all layers at once with the embedding and head."""
     names = BLOCK_WEIGHTS if layer is not None else (*BLOCK_WEIGHTS, TABLES)
     return [Target(site=name, layer=layer) for name in names]
+
+
+def per_token_targets() -> list[Target]:
+    """What could take one scale a token, in all layers at once: the activations but the state, and parts."""
+    return [target for target in activation_targets() if target.site != sites.SSM_STATE] + part_targets()
 
 
 def part_targets() -> list[Target]:
@@ -82,13 +87,21 @@ class FakeQuantizer:
         """The float model itself."""
         return Mamba(self.weights, MODES["fp"], self.backend)
 
-    def model(self, targets: Collection[Target]) -> "FakeQuantizedModel":
-        """The float model with ``targets`` on their grids; without any it is the float model, bit for bit."""
-        wanted = set(targets)
+    def model(self, targets: Collection[Target], per_token: Collection[Target] = ()) -> "FakeQuantizedModel":
+        """The float model with ``targets`` on their grids; without any it is the float model, bit for bit.
 
-        def chosen(site: str, layer: int | None, part: str | None = None) -> bool:
+        Args:
+            targets: what is quantized.
+            per_token: those of them that take one scale a token in place of the site's scale. A site takes
+                one over all its channels, its parts one each. The state has no tokens and is none of them.
+        """
+        wanted, dynamic = set(targets), set(per_token)
+
+        def chosen(
+            site: str, layer: int | None, part: str | None = None, among: Collection[Target] = wanted
+        ) -> bool:
             places = (Target(site=site, layer=one, part=part) for one in {None, layer})
-            return any(place in wanted for place in places)
+            return any(place in among for place in places)
 
         pairs = zip(self.weights.blocks, self.quantized.blocks, strict=True)
         blocks = []
@@ -97,16 +110,22 @@ class FakeQuantizer:
             blocks.append(_mixed(block, coarse, names))
         ends = self.quantized if chosen(TABLES, None) else self.weights
         weights = replace(self.weights, blocks=tuple(blocks), embedding=ends.embedding, lm_head=ends.lm_head)
-        grids: dict[str, list[tuple[slice, float]]] = {}
+        grids: dict[str, list[tuple[slice, float | None]]] = {}
         for layer in range(self.config.n_layer):
             for site in ACTIVATIONS:
                 key = sites.site_key(site, layer)
-                columns = [slice(None)] if chosen(site, layer) else []
-                if not columns:
-                    parts = part_columns(self.config, site)
-                    columns = [parts[part] for part in parts if chosen(site, layer, part)]
-                if columns:
-                    grids[key] = [(some, self.scales[key]) for some in columns]
+                parts = part_columns(self.config, site)
+                whole = chosen(site, layer)
+                places: list[tuple[str | None, slice]] = [
+                    (part, columns) for part, columns in parts.items() if whole or chosen(site, layer, part)
+                ]
+                if whole and not any(chosen(site, layer, part, dynamic) for part in parts):
+                    places = [(None, slice(None))]
+                if places:
+                    grids[key] = [
+                        (columns, None if chosen(site, layer, part, dynamic) else self.scales[key])
+                        for part, columns in places
+                    ]
         return FakeQuantizedModel(Mamba(weights, MODES["fp"], self.backend), grids)
 
     def observe_errors(self) -> tuple[Errors, Callable[[str, torch.Tensor], None]]:
@@ -137,13 +156,15 @@ class FakeQuantizedModel:
 
     Args:
         model: the float model with the chosen weights already replaced.
-        grids: site key → the channels that are put on a grid, with its scale.
+        grids: site key → the channels that are put on a grid, with its scale, or None for one scale a token.
     """
 
-    def __init__(self, model: Mamba, grids: Mapping[str, list[tuple[slice, float]]]) -> None:
+    def __init__(self, model: Mamba, grids: Mapping[str, list[tuple[slice, float | None]]]) -> None:
         self._model = model
         self._state_scales = {
-            int(key.split(".")[1]): grid[0][1] for key, grid in grids.items() if key.endswith(sites.SSM_STATE)
+            int(key.split(".")[1]): scale
+            for key, ((_columns, scale), *_rest) in grids.items()
+            if key.endswith(sites.SSM_STATE) and scale is not None
         }
         self._grids = {key: grid for key, grid in grids.items() if not key.endswith(sites.SSM_STATE)}
 
@@ -172,7 +193,7 @@ class FakeQuantizedModel:
         # The operators that follow read the tensor they are shown here, so it is overwritten in place.
         for columns, scale in self._grids.get(key, ()):
             view = tensor[..., columns]
-            view.copy_(fake_quantize(view, scale))
+            view.copy_(_per_token(view) if scale is None else fake_quantize(view, scale))
 
     def _on_grid(self, state: ModelState) -> ModelState:
         return [
@@ -181,6 +202,12 @@ class FakeQuantizedModel:
             else block
             for layer, block in enumerate(state)
         ]
+
+
+def _per_token(x: torch.Tensor) -> torch.Tensor:
+    """(b, l, channels) on grids of one scale a token."""
+    q, scale = quantize_per_token(x.transpose(1, 2))
+    return (q * scale.unsqueeze(1)).transpose(1, 2)
 
 
 def part_columns(config: MambaConfig, site: str) -> dict[str, slice]:

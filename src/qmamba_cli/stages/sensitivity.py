@@ -15,23 +15,9 @@ from qmamba_cli.artifacts.manifest import library_versions, tool_version
 from qmamba_cli.artifacts.workdir import Workdir
 from qmamba_cli.config import MambaConfig
 from qmamba_cli.errors import ArtifactError, UsageError
-from qmamba_cli.evaluation.batches import Batch, last_word_requests, request_batches, window_batches
-from qmamba_cli.evaluation.divergence import CONFIDENCE, RESAMPLES, Outcome, compare_with_float
-from qmamba_cli.evaluation.documents import (
-    load_lambada_openai,
-    load_lastword,
-    perplexity_windows,
-    read_text_documents,
-)
+from qmamba_cli.evaluation.divergence import CONFIDENCE, RESAMPLES
 from qmamba_cli.evaluation.scoring import require_vocabulary
-from qmamba_cli.evaluation.sensitivity import (
-    Row,
-    Target,
-    TensorError,
-    alone,
-    left_out,
-    linear_histogram,
-)
+from qmamba_cli.evaluation.sensitivity import Row, Target, TensorError, linear_histogram
 from qmamba_cli.evaluation.tasks import task_by_name
 from qmamba_cli.kernels.backend import select_backend
 from qmamba_cli.model.quantize import Recipe
@@ -39,14 +25,10 @@ from qmamba_cli.progress import Progress, silent
 from qmamba_cli.quant.observers import ObserverSet, Reduction
 from qmamba_cli.sites import SITES, site_key
 from qmamba_cli.stages.common import within_gpu_memory
-from qmamba_cli.stages.fake_quantized import (
-    TABLES,
-    FakeQuantizer,
-    activation_targets,
-    fake_quantizer,
-    part_targets,
-    weight_targets,
-)
+from qmamba_cli.stages.fake_quantized import fake_quantizer
+from qmamba_cli.stages.partial import Keeper, fingerprint_of
+from qmamba_cli.stages.sensitivity_rows import Plan, Rows, Views, measured_rows, own_errors
+from qmamba_cli.stages.task_batches import require_text, task_batches
 from qmamba_cli.tokenizer import Tokenizer
 
 VIEWS = ("site", "layer", "both")
@@ -72,10 +54,12 @@ class SensitivityOptions:
         per: site (all layers at once), layer (each layer's tensors one at a time) or both.
         recipe: formats of the weights.
         alpha: quantile of the Percentile sites, or None for the calibration's.
-        leave_one_out: also measure everything quantized but one site.
+        leave_one_out: also measure everything quantized but one tensor.
+        per_token: also measure everything quantized, one tensor with one scale a token.
         backend: auto, cpu or cuda.
         tokenizer: a folder or Hub id to take the tokenizer from, or None for the model's own.
         offline: use only the Hub's local cache.
+        keeper: where an interrupted measurement keeps what it has; with None an interrupt is raised.
     """
 
     model: str | None = None
@@ -91,9 +75,21 @@ class SensitivityOptions:
     recipe: Recipe = field(default_factory=Recipe)
     alpha: float | None = None
     leave_one_out: bool = True
+    per_token: bool = False
     backend: str = "auto"
     tokenizer: str | None = None
     offline: bool = False
+    keeper: Keeper | None = None
+
+    @property
+    def views(self) -> Views:
+        """Which tables are asked for."""
+        return Views(
+            sites=self.per != "layer",
+            layers=self.per != "site",
+            leave_one_out=self.leave_one_out,
+            per_token=self.per_token,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,42 +97,44 @@ class SensitivityReport:
     """What `sensitivity` found.
 
     Attributes:
-        rows: tensors quantized one at a time, the most expensive first.
-        parts: the tensors that share a site's scale, likewise.
-        left_out: everything quantized but one site, the one that helps most first; empty where not asked.
-        everything: all tensors quantized.
+        rows: the tables.
         histograms: calibration statistics of the worst activations.
-        documents: scored documents (windows).
         original: documents (windows) there were.
-        tokens: scored tokens.
         context: how it was made: model, calibration, task, weights, alpha, versions, seconds.
     """
 
-    rows: Sequence[Row]
-    parts: Sequence[Row]
-    left_out: Sequence[Row]
-    everything: Outcome
+    rows: Rows
     histograms: Sequence[Mapping[str, Any]]
-    documents: int
     original: int
-    tokens: int
     context: Mapping[str, Any]
+
+    @property
+    def partial(self) -> bool:
+        """Whether it was interrupted."""
+        return self.rows.partial
 
     def record(self) -> dict[str, Any]:
         """The report as one JSON object; the HTML page is made of it alone."""
-        interval = self.everything.kl_interval
+        rows, everything = self.rows, self.rows.everything
+        interval = everything.kl_interval
         return {
-            "sites": [row.record() for row in self.rows],
-            "parts": [row.record() for row in self.parts],
-            "leave_one_out": [row.record() for row in self.left_out],
+            "sites": [row.record() for row in rows.alone],
+            "parts": [row.record() for row in rows.parts],
+            "leave_one_out": [row.record() for row in rows.left_out],
+            "per_token": [row.record() for row in rows.per_token],
             "everything": {
-                "kl": self.everything.kl_mean,
+                "kl": everything.kl_mean,
                 "kl_ci": None if interval is None else list(interval),
-                "delta_ll": self.everything.delta_ll_mean,
+                "delta_ll": everything.delta_ll_mean,
             },
             "histograms": list(self.histograms),
-            "n": {"documents": self.documents, "original": self.original, "tokens": self.tokens},
+            "n": {
+                "documents": len(everything.tokens),
+                "original": self.original,
+                "tokens": int(everything.tokens.sum()),
+            },
             "interval": f"{CONFIDENCE:.0%}, percentiles of {RESAMPLES} bootstrap resamples of documents",
+            **({"partial": True} if rows.partial else {}),
             "qmamba": dict(self.context),
         }
 
@@ -144,10 +142,11 @@ class SensitivityReport:
 def sensitivity(options: SensitivityOptions, *, progress: Progress = silent) -> SensitivityReport:
     """Measure what quantizing each tensor costs.
 
-    Reads the calibration, its checkpoint and the task's texts; writes nothing. Deterministic given these, the
-    options and the machine.
+    Reads the calibration, its checkpoint and the task's texts; writes nothing but, when it is interrupted and
+    an output is named, the measurements so far. Deterministic given these, the options and the machine.
 
     Raises:
+        KeyboardInterrupt: it was interrupted before there was anything to show, or has no keeper.
         UsageError: an option is out of range or does not belong to the task.
         ArtifactError: the calibration is damaged or belongs to another checkpoint.
         QmambaError: the model or the texts cannot be used.
@@ -167,33 +166,55 @@ def sensitivity(options: SensitivityOptions, *, progress: Progress = silent) -> 
     scales = observers.scales(alpha)
     checkpoint = _matching_checkpoint(options, calibration, path)
     tokenizer = Tokenizer.from_files(checkpoint.tokenizer_files)
-    batches, original = task_batches(options, tokenizer)
+    found = task_batches(
+        task_by_name(options.task),
+        tokenizer,
+        data=options.data,
+        text_column=options.text_column,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        seqlen=options.seqlen,
+        offline=options.offline,
+    )
+    batches = found.batches
     with progress("quantizing layers", checkpoint.config.n_layer) as step:
         quantizer = fake_quantizer(
             checkpoint.config, checkpoint.load, options.recipe, scales, backend, on_layer=lambda: step(1)
         )
     require_vocabulary(quantizer.float_model(), batches)
+    plan = Plan(options.views, checkpoint.config.n_layer)
+    context = {
+        **_context(options),
+        "model": {"source": checkpoint.source, "digest": checkpoint.digest},
+        "calibration": {"path": str(path), "digest": calibration.digest},
+        "alpha": alpha,
+        "layers": checkpoint.config.n_layer,
+        "backend": backend.name,
+    }
+    record = {
+        **context,
+        # Paths may change, digests not.
+        "data": None,
+        "calibration": calibration.digest,
+        "models": plan.record(),
+        "recipe": repr(options.recipe),
+    }
     with within_gpu_memory(options.batch_size):
-        errors = _own_errors(quantizer, batches, progress)
-        rows, parts, without, everything = _measure(quantizer, batches, errors, options, progress)
+        errors = own_errors(quantizer, batches, progress)
+        rows = measured_rows(
+            quantizer,
+            plan,
+            batches,
+            errors,
+            keeper=options.keeper,
+            fingerprint=fingerprint_of(record, batches),
+            progress=progress,
+        )
     return SensitivityReport(
         rows=rows,
-        parts=parts,
-        left_out=without,
-        everything=everything,
-        histograms=_histograms(rows, errors, observers, alpha),
-        documents=len(everything.tokens),
-        original=original,
-        tokens=int(everything.tokens.sum()),
-        context={
-            **_context(options),
-            "model": {"source": checkpoint.source, "digest": checkpoint.digest},
-            "calibration": {"path": str(path), "digest": calibration.digest},
-            "alpha": alpha,
-            "layers": checkpoint.config.n_layer,
-            "backend": backend.name,
-            "seconds": round(time.perf_counter() - started, 3),
-        },
+        histograms=_histograms(rows.alone, errors, observers, alpha),
+        original=found.original,
+        context={**context, "seconds": round(time.perf_counter() - started, 3)},
     )
 
 
@@ -220,33 +241,7 @@ def _check_options(options: SensitivityOptions) -> None:
             raise UsageError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}")
     if options.per not in VIEWS:
         raise UsageError(f"unknown `--per {options.per}`, expected one of {', '.join(VIEWS)}")
-    task = task_by_name(options.task)
-    if not task.is_last_word and options.data is None:
-        raise UsageError(
-            f"`--task {task.name}` needs a text", hint="add `--task-data FILE`, a .txt or a .jsonl"
-        )
-
-
-def task_batches(options: SensitivityOptions, tokenizer: Tokenizer) -> tuple[list[Batch], int]:
-    """The batches of the task that is asked for, and how many documents (windows) it has in all.
-
-    Raises:
-        DatasetError: the texts are missing or malformed.
-    """
-    task = task_by_name(options.task)
-    if not task.is_last_word:
-        assert options.data is not None
-        texts = read_text_documents(options.data, column=options.text_column)
-        windows = perplexity_windows(tokenizer, texts, options.seqlen)
-        return window_batches(windows[: options.limit], batch_size=options.batch_size), len(windows)
-    if options.data is not None:
-        documents = read_text_documents(options.data, column=options.text_column)
-    elif task.name == "lastword":
-        documents = load_lastword()
-    else:
-        documents = load_lambada_openai(offline=options.offline)
-    requests = last_word_requests(tokenizer, documents[: options.limit])
-    return request_batches(requests, batch_size=options.batch_size), len(documents)
+    require_text(task_by_name(options.task), options.data)
 
 
 def _matching_checkpoint(
@@ -262,72 +257,6 @@ def _matching_checkpoint(
             hint=f"calibrate this one (`qmamba calibrate {source} --force`), or name the other",
         )
     return checkpoint
-
-
-def _own_errors(
-    quantizer: FakeQuantizer, batches: Sequence[Batch], progress: Progress
-) -> dict[Target, TensorError]:
-    """Errors of every tensor's own grid, activations as the float model makes them."""
-    errors, observe = quantizer.observe_errors()
-    model = quantizer.float_model()
-    with progress("observing the float model", len(batches)) as advance:
-        for batch in batches:
-            model.forward(batch.ids, hook=observe)
-            advance(1)
-    return errors | quantizer.errors
-
-
-def _measure(
-    quantizer: FakeQuantizer,
-    batches: Sequence[Batch],
-    errors: Mapping[Target, TensorError],
-    options: SensitivityOptions,
-    progress: Progress,
-) -> tuple[list[Row], list[Row], list[Row], Outcome]:
-    """Rows of single tensors, of parts of tensors and of what is left out, and everything quantized."""
-    layers = quantizer.config.n_layer
-    tables = Target(site=TABLES)
-    everything = frozenset([*activation_targets(), *weight_targets()])
-    by_site = sorted(everything, key=lambda target: target.label) if options.per != "layer" else []
-    by_layer = [
-        target
-        for layer in range(layers if options.per != "site" else 0)
-        for target in (*activation_targets(layer), *weight_targets(layer))
-    ]
-    if by_layer:
-        by_layer.append(tables)
-    parts = part_targets()
-    without = sorted(everything, key=lambda target: target.label) if options.leave_one_out else []
-    # Each combination once, whichever views show it.
-    chosen = list(
-        dict.fromkeys(
-            [
-                *(frozenset([target]) for target in (*by_site, *by_layer, *parts)),
-                *(everything - {target} for target in without),
-                everything,
-            ]
-        )
-    )
-    models = [quantizer.model(targets) for targets in chosen]
-    with progress("measuring tensors", len(models) * len(batches)) as advance:
-        measured = compare_with_float(quantizer.float_model(), models, batches, advance=advance)
-    outcome = dict(zip(chosen, measured, strict=True))
-
-    def rank(targets: Sequence[Target]) -> list[Row]:
-        return alone({target: outcome[frozenset([target])] for target in targets}, errors, layers)
-
-    rows = {row.target: row for row in (*rank(by_layer), *rank(by_site))}
-    return (
-        sorted(rows.values(), key=lambda row: row.cost, reverse=True),
-        rank(parts),
-        left_out(
-            {target: outcome[everything - {target}] for target in without},
-            outcome[everything],
-            errors,
-            layers,
-        ),
-        outcome[everything],
-    )
 
 
 def _histograms(

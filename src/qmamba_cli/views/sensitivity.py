@@ -21,13 +21,19 @@ _COLUMNS = (
     Column("SQNR, dB", True),
     Column("clipped", True),
 )
+_GAIN = (Column("gain", True), Column("95 % interval", True))
 
 
 def sensitivity_csv(report: "SensitivityReport") -> str:
     """Every row of every view as CSV, with a heading."""
     from qmamba_cli.evaluation.sensitivity import CSV_COLUMNS, csv_lines
 
-    views = {"alone": report.rows, "part": report.parts, "left-out": report.left_out}
+    views = {
+        "alone": report.rows.alone,
+        "part": report.rows.parts,
+        "left-out": report.rows.left_out,
+        "per-token": report.rows.per_token,
+    }
     lines = [",".join(CSV_COLUMNS)]
     for view, rows in views.items():
         lines += csv_lines(rows, view=view)
@@ -43,7 +49,10 @@ def show_sensitivity(report: "SensitivityReport", *, written: Sequence[Path], as
         console.write(to_json(record))
         return
     context, n = record["qmamba"], record["n"]
-    on = f"{context['weights']}, {n['documents']} of {n['original']} documents, {n['tokens']:,} tokens"
+    marked = ", partial" if record.get("partial") else ""
+    on = (
+        f"{context['weights']}, {n['documents']} of {n['original']} documents{marked}, {n['tokens']:,} tokens"
+    )
     sites = [row for row in record["sites"] if row["layer"] is None]
     layers = [row for row in record["sites"] if row["layer"] is not None]
     if len(sites) > 1:
@@ -53,6 +62,8 @@ def show_sensitivity(report: "SensitivityReport", *, written: Sequence[Path], as
         _table(f"one tensor of one layer quantized{shown}: {on}", layers[:_LAYER_ROWS])
     if record["leave_one_out"]:
         _table("everything quantized but one tensor", record["leave_one_out"], gain=True)
+    if record["per_token"]:
+        _table("everything quantized, one tensor with one scale a token", record["per_token"], gain=True)
     everything = record["everything"]
     console.facts(
         "everything quantized",
@@ -70,9 +81,10 @@ def show_sensitivity(report: "SensitivityReport", *, written: Sequence[Path], as
 def _table(title: str, rows: Sequence[Mapping[str, Any]], *, gain: bool = False) -> None:
     cells = [
         (
-            row["site"] if row["layer"] is None else f"layer {row['layer']}, {row['site']}",
+            _label(row),
             f"{row['kl']:.4g}",
             _ends(row["kl_ci"]),
+            *((f"{row['gain']:.3g}", _ends(row["gain_ci"])) if gain else ()),
             f"{(-row['share'] if gain else row['share']) * 100:{'+' if gain else ''}.1f} %",
             f"{row['delta_ll']:+.3g}",
             "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
@@ -81,11 +93,17 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]], *, gain: bool = False)
         for row in rows
     ]
     caption = (
-        "share: change against everything quantized"
+        "gain: KL of everything quantized less this, interval paired; share: change against everything"
         if gain
         else "share: of the sum of such rows; KL and log-likelihood in nats a token"
     )
-    console.table(title, _COLUMNS, cells, caption=caption)
+    columns = (*_COLUMNS[:3], *_GAIN, *_COLUMNS[3:]) if gain else _COLUMNS
+    console.table(title, columns, cells, caption=caption)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    name = f"{row['site']}[{row['part']}]" if "part" in row else row["site"]
+    return name if row["layer"] is None else f"layer {row['layer']}, {name}"
 
 
 def _ends(interval: Sequence[float] | None) -> str:
