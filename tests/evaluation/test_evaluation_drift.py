@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qmamba_cli.evaluation.drift import DECODE, PATHS, PREFILL, curve, marks, tokens_read, trace
+from qmamba_cli.evaluation.drift import DECODE, PATHS, PREFILL, marks, point, tokens_read, trace
 
 
 class Counter:
@@ -43,32 +43,33 @@ def points(model, path, length=12, baseline=None):
     ids = torch.zeros(3, length, dtype=torch.int64)
     baseline = baseline or Counter()
     expected = trace(baseline, ids, read, path=PREFILL)
-    return curve(baseline, expected, model, trace(model, ids, read, path=path))
+    pairs = zip(expected, trace(model, ids, read, path=path), strict=True)
+    return [point(baseline, reference, model, got) for reference, got in pairs]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_same_model_does_not_drift(path):
     found = points(Counter(), path)
-    assert [point.t for point in found] == [1, 2, 4, 8, 12]
-    for point in found:
-        assert point.kl == 0 and point.logits_error == 0 and point.state_error == 0
-        assert point.kl_ci == (0.0, 0.0)
+    assert [one.t for one in found] == [1, 2, 4, 8, 12]
+    for one in found:
+        assert one.kl == 0 and one.logits_error == 0 and one.state_error == 0
+        assert one.kl_ci == (0.0, 0.0)
 
 
 def test_a_seam_costs_prefill_once_and_decode_at_every_token():
     prefill, decode = (points(Counter(seam=0.5), path) for path in PATHS)
-    assert [point.state_error for point in prefill] == pytest.approx([0.5] * 5)
+    assert [one.state_error for one in prefill] == pytest.approx([0.5] * 5)
     # (h + 1) / 2 from 0 is 1 - 2^-t; the exact state is t.
-    for point in decode:
-        assert point.state_error == pytest.approx(1 - (1 - 0.5**point.t) / point.t)
-        assert point.layers == pytest.approx([point.state_error] * 2)
+    for one in decode:
+        assert one.state_error == pytest.approx(1 - (1 - 0.5**one.t) / one.t)
+        assert one.layers == pytest.approx([one.state_error] * 2)
 
 
 def test_errors_of_logits_by_hand():
     shifted = points(Counter(shift=5.0), PREFILL)
-    assert all(point.logits_error < 1e-6 and point.kl < 1e-6 for point in shifted), "no probability changes"
+    assert all(one.logits_error < 1e-6 and one.kl < 1e-6 for one in shifted), "no probability changes"
     doubled = points(Counter(favour=2.0), DECODE)
-    assert [point.logits_error for point in doubled] == pytest.approx([1.0] * 5)
+    assert [one.logits_error for one in doubled] == pytest.approx([1.0] * 5)
     p, q = (torch.tensor([favour, 0.0, 0.0, 0.0]).double().log_softmax(0) for favour in (1.0, 2.0))
     assert doubled[0].kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
 
@@ -78,12 +79,12 @@ def test_errors_of_logits_by_hand():
 def test_every_token_is_read_and_counted(path, length):
     model, steps = Counter(), []
     ids = torch.zeros(2, length, dtype=torch.int64)
-    found = trace(model, ids, read, path=path, advance=steps.append)
+    found = list(trace(model, ids, read, path=path, advance=steps.append))
     assert sum(steps) == tokens_read(length, path)
-    assert found.hidden.shape == (2, length, 1)
-    assert len(found.states) == len(marks(length))
+    assert torch.cat([step.hidden for step in found], dim=1).shape == (2, length, 1)
+    assert [step.t for step in found] == marks(length)
     assert model.calls == (length if path == DECODE else len(marks(length)))
-    assert [float(states[0][0]) for states in found.states] == marks(length)
+    assert [float(step.states[0][0, 0, 0]) for step in found] == marks(length)
 
 
 def test_a_point_as_json():

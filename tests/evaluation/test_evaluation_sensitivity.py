@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qmamba_cli.evaluation.batches import window_batches
-from qmamba_cli.evaluation.divergence import Outcome, compare_with_float, interval
+from qmamba_cli.evaluation.divergence import Outcome, Tally, compare_with_float, interval
 from qmamba_cli.evaluation.sensitivity import (
     CSV_COLUMNS,
     Target,
@@ -88,6 +88,47 @@ def test_more_models_than_run_side_by_side():
     assert kls == sorted(kls) and len(set(kls)) == 11
 
 
+class Broken(Unigram):
+    """Interrupted when it has read so many batches."""
+
+    def __init__(self, batches, *p):
+        super().__init__(*p)
+        self.left = batches
+
+    def hidden(self, ids):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().hidden(ids)
+
+
+def test_an_interrupted_measurement_goes_on_to_the_same_numbers():
+    """Eleven models are two steps of each batch; the tenth breaks off in the second step of one."""
+    p = [(0.5 - step / 100, 0.25 + step / 100, 0.25) for step in range(11)]
+    models = [Unigram(*one) for one in p]
+    batches = window_batches(torch.tensor([[0, 1, 2], [2, 0, 2], [1, 1, 1]]), batch_size=1)
+    expected = compare_with_float(models[0], models, batches)
+    for broken_at in (0, 2):
+        tally = Tally.empty(11, batches)
+        several = [*models[:9], Broken(broken_at, *p[9]), models[10]]
+        with pytest.raises(KeyboardInterrupt):
+            compare_with_float(models[0], several, batches, tally=tally)
+        assert (tally.done, tally.units) == (2 * broken_at + 1, 11 * broken_at + 8)
+        found = tally.outcomes(batches)
+        # Without a finished batch, the models that have read the first; then all models on the finished ones.
+        assert [outcome is None for outcome in found] == [
+            broken_at == 0 and number > 7 for number in range(11)
+        ]
+        for outcome, whole in zip(found, expected, strict=True):
+            if outcome is not None:
+                assert outcome.kl.tolist() == whole.kl[: max(broken_at, 1)].tolist()
+                assert outcome.tokens.tolist() == [2] * max(broken_at, 1)
+        resumed = compare_with_float(models[0], models, batches, tally=tally)
+        for outcome, whole in zip(resumed, expected, strict=True):
+            assert outcome.kl.tolist() == whole.kl.tolist()
+            assert outcome.delta_ll.tolist() == whole.delta_ll.tolist()
+
+
 def test_the_interval_covers_at_its_rate():
     random = np.random.default_rng(7)
     tokens = np.full(60, 10)
@@ -124,6 +165,16 @@ def test_what_helps_most_when_left_out_comes_first():
     rows = against_everything({a: outcome(0.9), b: outcome(0.4)}, outcome(1.0), {}, layers=1)
     assert [row.target for row in rows] == [b, a]
     assert [row.share for row in rows] == pytest.approx([0.6, 0.1])
+    assert [row.gain for row in rows] == pytest.approx([0.6, 0.1])
+
+
+def test_a_gain_is_paired():
+    """The documents differ by far more than the gain, which is the same on each of them."""
+    everything = outcome(*np.linspace(1, 9, 20))
+    (row,) = against_everything({Target(site="a"): outcome(*np.linspace(0.9, 8.9, 20))}, everything, {}, 1)
+    assert row.gain == pytest.approx(0.1) and row.gain_ci == pytest.approx((0.1, 0.1))
+    assert row.kl_ci[1] - row.kl_ci[0] > 1
+    assert set(row.record()) >= {"gain", "gain_ci"}
 
 
 def test_all_layers_at_once_have_the_mean_of_the_layers():

@@ -1,20 +1,18 @@
-"""`compare`: the numbers of `run`, laws as equalities, variants, interruption, gates and their reports."""
+"""`compare`: the numbers of `run`, laws as equalities, variants, gates and their reports."""
 
 import json
 import shutil
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import artifacts, copied, done, edit_json, model_folder, qmamba, refused, tree
+from command_line import artifacts, copied, done, edit_json, model_folder, qmamba, refused
 
 from qmamba_cli.errors import ArtifactError, UsageError
 from qmamba_cli.html.compare import groups as twins_of
 from qmamba_cli.modes import MODES
 from qmamba_cli.resources import calib_data_path
-from qmamba_cli.stages import compare as stage
 from qmamba_cli.stages.compare import CompareOptions, Comparison, compare
 from qmamba_cli.stages.gates import junit_xml
 from qmamba_cli.stages.lineup import plan_entries
@@ -151,7 +149,6 @@ def test_what_cannot_be_computed_is_left_out_with_the_reason() -> None:
         ({"limit": 0}, "`--limit`: got 0"),
         ({"batch_size": 0}, "`--batch-size`: got 0"),
         ({"task": "perplexity"}, "needs a text"),
-        ({"resume": True}, "`--resume` needs `--output FILE`"),
     ],
 )
 def test_impossible_options(options: dict[str, Any], part: str) -> None:
@@ -175,67 +172,6 @@ def test_without_its_float_model_a_file_is_compared_all_the_same(tmp_path: Path)
         comparison(**options, w_bits=(8,), baseline="demo")
     with pytest.raises(ArtifactError, match="needs the calibration behind"):
         comparison(**options, alphas=(1.0,), calibration=artifacts().calibration)
-
-
-@pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Ctrl-C in the third batch; the list counts batches."""
-    score, calls = stage.score_batch, []
-
-    def scoring(*given: Any, **options: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return score(*given, **options)
-
-    monkeypatch.setattr(stage, "score_batch", scoring)
-    yield calls
-
-
-ARGUMENTS = ("--modes", "0,2-4", "--limit", 4, "--batch-size", 1)
-
-
-def without_seconds(results: dict[str, Any]) -> dict[str, Any]:
-    assert results["qmamba"].pop("seconds") > 0
-    return results
-
-
-def test_ctrl_c_leaves_a_partial_result_that_goes_on(tmp_path: Path, interrupted: list[int]) -> None:
-    command = ("compare", "--checkpoint", artifacts().w4, *ARGUMENTS, "--output", "r.json")
-    stopped = qmamba(*command, "--gate", "acc>2", cwd=tmp_path)
-    assert stopped.code == 130 and "--resume" in stopped.err and "partial" in stopped.out
-    partial = json.loads((tmp_path / "r.json").read_text())
-    assert partial["partial"] is True
-    assert partial["qmamba"]["documents"] == {"original": 224, "effective": 2}
-    assert set(tree(tmp_path)) == {"r.json", "r.partial.safetensors"}
-    refused(qmamba(*command, cwd=tmp_path), 1, "`r.partial.safetensors`", "--resume", "--force")
-    refused(qmamba(*command, "--resume", "--batch-size", 2, cwd=tmp_path), 3, "another comparison")
-    interrupted += [1] * 3
-    done(*command, "--resume", cwd=tmp_path)
-    assert len(interrupted) == 3 + 3 + 2, "two batches were left"
-    assert set(tree(tmp_path)) == {"r.json"}
-    whole = comparison(modes=("0", "2-4"), limit=4, batch_size=1)
-    resumed = json.loads((tmp_path / "r.json").read_text())
-    assert without_seconds(resumed) == without_seconds(json.loads(json.dumps(whole.results)))
-    # A whole result is not partial: it stays unless told otherwise.
-    refused(qmamba(*command, "--resume", cwd=tmp_path), 1, "r.json", "--force")
-
-
-def test_ctrl_c_without_an_output_keeps_nothing(tmp_path: Path, interrupted: list[int]) -> None:
-    outcome = qmamba("compare", "--checkpoint", artifacts().w4, *ARGUMENTS, cwd=tmp_path)
-    assert (outcome.code, outcome.out) == (130, "") and tree(tmp_path) == {}
-
-
-@pytest.mark.parametrize("damage", ["cut", "foreign"])
-def test_damaged_scores_are_not_continued(tmp_path: Path, interrupted: list[int], damage: str) -> None:
-    command = ("compare", "--checkpoint", artifacts().w4, *ARGUMENTS, "--output", "r.json")
-    assert qmamba(*command, cwd=tmp_path).code == 130
-    scores = tmp_path / "r.partial.safetensors"
-    if damage == "cut":
-        scores.write_bytes(scores.read_bytes()[:-9])
-    else:
-        shutil.copy(artifacts().w4, scores)
-    refused(qmamba(*command, "--resume", cwd=tmp_path), 3, "r.partial.safetensors")
 
 
 def test_gates_of_a_comparison(tmp_path: Path) -> None:

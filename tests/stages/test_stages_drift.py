@@ -4,7 +4,7 @@ import csv
 import json
 
 import pytest
-from command_line import artifacts, done, model_folder, qmamba, refused_in
+from command_line import artifacts, done, model_folder, refused_in
 from html_checks import checked_page
 
 LENGTH = 40
@@ -101,13 +101,3 @@ def test_refusals(tmp_path):
     refused_in(tmp_path, 2, *base, "--streams", 0, parts=("`--streams` must be at least 1, got 0",))
     refused_in(tmp_path, 3, *base, "--model", "other", parts=("was made from another checkpoint",))
     refused_in(tmp_path, 1, *base, "--length", 10**6, parts=("tokens",))
-
-
-def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch):
-    def interrupted(*_args, **_options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("qmamba_cli.stages.drift.trace", interrupted)
-    outcome = qmamba("drift", "--checkpoint", artifacts().w8, "--html", "never.html", cwd=tmp_path)
-    assert outcome.code == 130
-    assert not (tmp_path / "never.html").exists()

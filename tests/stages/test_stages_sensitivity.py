@@ -32,6 +32,8 @@ from qmamba_cli.stages.fake_quantized import (
     activation_targets,
     fake_quantizer,
     part_targets,
+    per_token,
+    per_token_targets,
     weight_targets,
 )
 from qmamba_cli.stages.run import ModelOptions, load_model
@@ -41,12 +43,13 @@ LENGTH = 2 * CHUNK + 5
 TEXT = str(calib_data_path("lastword.jsonl"))
 EVERYTHING = [*activation_targets(), *weight_targets()]
 
+VIEWS = ("sites", "parts", "leave_one_out", "per_token")
 NUMBER = {"type": ["number", "string"]}
 ROW = {
     "type": "object",
     "required": ["site", "layer", "kl", "kl_ci", "delta_ll", "share", "sqnr_db", "clip_rate"],
     "properties": {
-        "site": {"enum": [*ACTIVATIONS, *BLOCK_WEIGHTS, TABLES]},
+        "site": {"enum": [*ACTIVATIONS, *BLOCK_WEIGHTS, TABLES, "every activation"]},
         "part": {"enum": [part for parts in PARTS.values() for part in parts]},
         "layer": {"type": ["integer", "null"]},
         # The terms of a divergence near 0 cancel in float32.
@@ -56,16 +59,29 @@ ROW = {
         "share": {"type": "number"},
         "sqnr_db": {"type": ["number", "null"]},
         "clip_rate": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+        "gain": {"type": "number"},
+        "gain_ci": {"type": ["array", "null"], "items": NUMBER, "minItems": 2, "maxItems": 2},
     },
     "additionalProperties": False,
 }
 SCHEMA = {
     "type": "object",
-    "required": ["sites", "parts", "leave_one_out", "everything", "histograms", "n", "interval", "qmamba"],
+    "required": [
+        "sites",
+        "parts",
+        "leave_one_out",
+        "per_token",
+        "everything",
+        "histograms",
+        "n",
+        "interval",
+        "qmamba",
+    ],
     "properties": {
         "sites": {"type": "array", "items": ROW, "minItems": 1},
         "parts": {"type": "array", "items": ROW},
         "leave_one_out": {"type": "array", "items": ROW},
+        "per_token": {"type": "array", "items": ROW},
         "everything": {"type": "object", "required": ["kl", "kl_ci", "delta_ll"]},
         "n": {"type": "object", "required": ["documents", "original", "tokens"]},
     },
@@ -143,6 +159,33 @@ def test_the_parts_of_a_tensor_are_the_tensor(subject):
         for part in parts:
             others = [other for other in parts if other != part]
             assert not torch.equal(subject.hidden(*others), subject.hidden(*parts))
+
+
+def test_one_scale_a_token_is_that_of_the_largest_channel(subject):
+    """By hand: the largest magnitude of a token is an end of its grid, and no value is clipped."""
+    x = torch.tensor([[[0.5, -2.0, 0.1], [0.0, 0.0, 0.0]]])
+    step = 2.0 / 127
+    expected = [[[round(0.5 / step) * step, -2.0, round(0.1 / step) * step], [0.0, 0.0, 0.0]]]
+    torch.testing.assert_close(per_token(x), torch.tensor(expected))
+    wide = torch.cat([x, 100 * x], dim=1)
+    assert torch.equal(per_token(wide)[:, :2], per_token(x)), "no token changes another"
+
+
+def test_scales_a_token_belong_to_the_tensors_that_are_named(subject):
+    quantizer, static = subject.quantizer(), subject.hidden(*EVERYTHING)
+    seen = []
+    for target in per_token_targets():
+        assert target.site != SSM_STATE
+        hidden = quantizer.model(EVERYTHING, [target]).hidden(subject.ids)
+        assert not torch.equal(hidden, static), target
+        assert not any(torch.equal(hidden, other) for other in seen), target
+        seen.append(hidden)
+    # One terrible scale changes nothing where the tensor has scales of its own.
+    key = site_key("in_proj:input", 1)
+    terrible = subject.quantizer(**{key: 50 * subject.scales[key]})
+    own = [Target(site="in_proj:input")]
+    models = [one.model(EVERYTHING, own) for one in (quantizer, terrible)]
+    assert torch.equal(*(model.hidden(subject.ids) for model in models))
 
 
 def test_the_state_has_a_grid_only_between_pieces(subject):
@@ -226,7 +269,7 @@ SCORE = ("sensitivity", "--task-data", TEXT, "--limit", 2, "--seqlen", 40, "--w-
 
 def test_the_json_and_the_files_say_the_same(folder):
     files = ("--output", "s.json", "--csv", "s.csv", "--html", "s.html")
-    record = done(*SCORE, "--per", "both", "--json", *files, cwd=folder).json()
+    record = done(*SCORE, "--per", "both", "--per-token", "--json", *files, cwd=folder).json()
     jsonschema.validate(record, SCHEMA)
     assert json.loads((folder / "s.json").read_text()) == record
     kls = [row["kl"] for row in record["sites"]]
@@ -235,10 +278,14 @@ def test_the_json_and_the_files_say_the_same(folder):
     layered = {(name, layer) for name in (*ACTIVATIONS, *BLOCK_WEIGHTS) for layer in (None, 0, 1)}
     assert keys == layered | {(TABLES, None)}
     assert len(record["leave_one_out"]) == len(EVERYTHING)
+    assert [row["site"] for row in record["per_token"]].count("every activation") == 1
+    assert len(record["per_token"]) == len(per_token_targets()) + 1
+    for row in (*record["leave_one_out"], *record["per_token"]):
+        assert row["gain"] == pytest.approx(record["everything"]["kl"] - row["kl"], abs=1e-9)
     assert record["n"]["documents"] == 2 and record["n"]["tokens"] == 2 * 39
     with (folder / "s.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == sum(len(record[view]) for view in ("sites", "parts", "leave_one_out"))
+    assert len(rows) == sum(len(record[view]) for view in VIEWS)
     assert [float(row["kl"]) for row in rows if row["view"] == "alone"] == kls
     page = checked_page((folder / "s.html").read_text(encoding="utf-8"))
     assert len(page.find("line", "clip")) == len(record["histograms"]) == 6
@@ -279,13 +326,3 @@ def test_refusals(folder, tmp_path):
     refused(qmamba(*SCORE, cwd=tmp_path), 1, "calibrat")
     (folder / "kept.json").write_text("mine")
     refused_in(folder, 1, *SCORE, "--output", "kept.json", parts=("kept.json",))
-
-
-def test_an_interrupt_leaves_no_file(folder, monkeypatch):
-    def interrupted(*_args, **_options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("qmamba_cli.stages.sensitivity.compare_with_float", interrupted)
-    outcome = qmamba(*SCORE, "--html", "never.html", cwd=folder)
-    assert outcome.code == 130
-    assert not (folder / "never.html").exists()

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from qmamba_cli import console
-from qmamba_cli.options import DEFAULT_WORKDIR, BackendName, Force, Json, Offline, Quiet, Workdir
+from qmamba_cli.commands.interrupted import end_if_partial
+from qmamba_cli.options import DEFAULT_WORKDIR, BackendName, Force, Json, Offline, Quiet, Resume, Workdir
 from qmamba_cli.views.drift import drift_csv, show_drift
 
 
@@ -31,6 +32,7 @@ def drift(
     output: Annotated[Path | None, typer.Option(help="Write the JSON to this file.")] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write the points to this file.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None,
+    resume: Resume = False,
     workdir: Workdir = DEFAULT_WORKDIR,
     force: Force = False,
     as_json: Json = False,
@@ -43,9 +45,10 @@ def drift(
     from qmamba_cli.html.drift import drift_page
     from qmamba_cli.stages.drift import DriftOptions
     from qmamba_cli.stages.drift import drift as stage
-    from qmamba_cli.stages.reports import check_reports, save_reports
+    from qmamba_cli.stages.partial import Keeper
 
-    check_reports((output, csv, html), force=force)
+    keeper = Keeper(command="drift", output=output, resume=resume, force=force)
+    keeper.check(csv, html)
     only = {PREFILL: prefill, DECODE: decode}
     report = stage(
         DriftOptions(
@@ -60,15 +63,16 @@ def drift(
             paths=PATHS if prefill == decode else tuple(path for path in PATHS if only[path]),
             backend=backend,
             offline=offline,
+            keeper=keeper,
         ),
         progress=console.progress(quiet=quiet or as_json),
     )
     texts: dict[Path, str] = {}
-    if output is not None:
-        texts[output] = to_json(report.record())
-    if csv is not None:
+    # A CSV has no place for the mark of a partial result.
+    if csv is not None and not report.partial:
         texts[csv] = drift_csv(report)
     if html is not None:
         texts[html] = drift_page(json_safe(report.record()))
-    save_reports(texts, force=force)
-    show_drift(report, written=list(texts), as_json=as_json)
+    written = keeper.write(to_json(report.record()), texts, partial=report.partial)
+    show_drift(report, written=written, as_json=as_json)
+    end_if_partial(keeper, partial=report.partial)

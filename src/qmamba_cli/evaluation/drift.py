@@ -5,7 +5,7 @@ and once token by token with carried state (decode). What an int8 state costs sh
 is rounded at every token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -74,16 +74,18 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trace:
-    """What a model made of the streams.
+class Step:
+    """What a model made of the streams between two of the marks.
 
     Attributes:
-        hidden: (b, l, d_model), what the head reads at every token.
-        states: the scan states after each of the marks.
+        t: tokens read so far.
+        hidden: (b, tokens since the mark before, d_model), what the head reads.
+        states: the scan states after ``t`` tokens.
     """
 
+    t: int
     hidden: torch.Tensor
-    states: Sequence[States]
+    states: States
 
 
 def marks(length: int) -> list[int]:
@@ -103,8 +105,8 @@ def trace(
     *,
     path: str,
     advance: Advance = lambda _tokens: None,
-) -> Trace:
-    """Run the streams to each of the marks.
+) -> Iterator[Step]:
+    """Run the streams to each of the marks, one after another.
 
     Prefill starts anew for every mark, so that each state is one that a prompt of that length leaves behind.
 
@@ -115,22 +117,22 @@ def trace(
         path: prefill or decode.
         advance: called with the number of tokens (a stream) that were read.
     """
-    parts, states = [], []
     state: Any = None
     done = 0
     for mark in marks(ids.shape[1]):
         if path == PREFILL:
             hidden, state = model.forward(ids[:, :mark])
-            parts.append(hidden[:, done:])
+            hidden = hidden[:, done:]
             advance(mark)
         else:
+            parts = []
             for position in range(done, mark):
-                hidden, state = model.forward(ids[:, position : position + 1], state)
-                parts.append(hidden)
+                one, state = model.forward(ids[:, position : position + 1], state)
+                parts.append(one)
                 advance(1)
-        states.append(read_states(state))
+            hidden = torch.cat(parts, dim=1)
+        yield Step(t=mark, hidden=hidden, states=read_states(state))
         done = mark
-    return Trace(hidden=torch.cat(parts, dim=1), states=states)
 
 
 def tokens_read(length: int, path: str) -> int:
@@ -139,41 +141,28 @@ def tokens_read(length: int, path: str) -> int:
 
 
 @torch.inference_mode()
-def curve(baseline: StatefulModel, expected: Trace, model: StatefulModel, got: Trace) -> list[Point]:
-    """The difference of two traces of the same streams at each of the marks.
+def point(baseline: StatefulModel, expected: Step, model: StatefulModel, got: Step) -> Point:
+    """The difference of two models at one of the marks.
 
     Args:
         baseline: the float model, for its head.
-        expected: its trace.
+        expected: what it made of the streams.
         model: the other model, for its head.
-        got: its trace.
+        got: what that one made of them, up to the same mark.
     """
-    streams, length = got.hidden.shape[:2]
-    points, done = [], 0
-    for index, mark in enumerate(marks(length)):
-        kl, error = _token_errors(
-            baseline,
-            expected.hidden[:, done:mark],
-            model,
-            got.hidden[:, done:mark].to(expected.hidden.device),
-        )
-        tokens = np.full(streams, mark - done, dtype=np.int64)
-        layers = [
-            _relative(state, reference)
-            for state, reference in zip(got.states[index], expected.states[index], strict=True)
-        ]
-        points.append(
-            Point(
-                t=mark,
-                kl=float(kl.mean()),
-                kl_ci=interval(kl.sum(axis=1), tokens),
-                logits_error=float(error.mean()),
-                state_error=sum(layers) / len(layers),
-                layers=layers,
-            )
-        )
-        done = mark
-    return points
+    streams, tokens = got.hidden.shape[:2]
+    kl, error = _token_errors(baseline, expected.hidden, model, got.hidden.to(expected.hidden.device))
+    layers = [
+        _relative(state, reference) for state, reference in zip(got.states, expected.states, strict=True)
+    ]
+    return Point(
+        t=got.t,
+        kl=float(kl.mean()),
+        kl_ci=interval(kl.sum(axis=1), np.full(streams, tokens, dtype=np.int64)),
+        logits_error=float(error.mean()),
+        state_error=sum(layers) / len(layers),
+        layers=layers,
+    )
 
 
 def _token_errors(

@@ -22,7 +22,7 @@ def drift_page(record: Mapping[str, Any]) -> str:
         "model": context["model"]["source"],
         "weights": context["weights"],
         "text": context["data"] or "bundled passages",
-        "streams": str(n["streams"]),
+        "streams": f"{n['streams']}{', partial' if record.get('partial') else ''}",
         "tokens a stream": f"{n['length']:,}",
         "file": context["artifact"]["digest"][:12],
         "version": context["tool_version"],
@@ -39,7 +39,10 @@ def drift_page(record: Mapping[str, Any]) -> str:
 
 def headline(record: Mapping[str, Any]) -> str:
     """The finding in one sentence: the mode that decoding costs most."""
-    last = {(one["mode"], one["path"]): one["points"][-1] for one in record["curves"]}
+    length = record["n"]["length"]
+    ends = {(one["mode"], one["path"]): one["points"][-1] for one in record["curves"]}
+    # A curve that was interrupted is not compared with whole ones.
+    last = {key: point for key, point in ends.items() if point["t"] == length}
     modes = [mode for mode, path in last if path == "decode" and (mode, "prefill") in last]
     if not modes:
         return ""
@@ -49,7 +52,6 @@ def headline(record: Mapping[str, Any]) -> str:
 
     worst = max(modes, key=lambda mode: kl(mode, "decode") - kl(mode, "prefill"))
     best = min(modes, key=lambda mode: kl(mode, "decode"))
-    length = record["n"]["length"]
     text = (
         f"At {length:,} tokens mode {worst} is {number(kl(worst, 'prefill'))} nats a token from the float "
         f"model after one pass and {number(kl(worst, 'decode'))} when it goes token by token"
@@ -132,6 +134,7 @@ def _table(curves: Sequence[Mapping[str, Any]]) -> Table:
                 one["mode"],
                 one["path"],
                 one["state"],
+                f"{last['t']:,}",
                 number(real(last["kl"])),
                 "n/a" if ends is None else f"{number(real(ends[0]))} to {number(real(ends[1]))}",
                 percent(real(last["logits_error"])),
@@ -143,6 +146,7 @@ def _table(curves: Sequence[Mapping[str, Any]]) -> Table:
             Column(heading="mode"),
             Column(heading="path"),
             Column(heading="state"),
+            Column(heading="tokens", number=True),
             Column(heading="KL", number=True),
             Column(heading="95 % interval", number=True),
             Column(heading="logits, error", number=True),

@@ -31,7 +31,7 @@ from qmamba_cli.stages.lineup import (
     plan_entries,
     without_repeats,
 )
-from qmamba_cli.stages.partial import Keeper, fingerprint_of
+from qmamba_cli.stages.partial import Keeper, fingerprint_of, tensors_of
 from qmamba_cli.stages.score_tables import score_table
 from qmamba_cli.stages.task_batches import require_text, task_batches
 from qmamba_cli.tokenizer import Tokenizer
@@ -219,7 +219,7 @@ def _fingerprint(
     rows = [[entry.name, entry.record()] for entry in entries]
     # The file's path may change, its digest not.
     record = {**_provenance(artifact, checkpoint, backend), "artifact": artifact.digest, "rows": rows}
-    return fingerprint_of(record, batches)
+    return fingerprint_of(record, tensors_of(batches))
 
 
 def _provenance(

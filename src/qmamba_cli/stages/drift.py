@@ -1,8 +1,9 @@
 """How far each mode parts from the float model as the sequence grows, in prefill and in decode."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from qmamba_cli.artifacts.manifest import library_versions, tool_version
 from qmamba_cli.errors import ArtifactError, CheckpointError, UsageError
 from qmamba_cli.evaluation.divergence import CONFIDENCE, RESAMPLES
 from qmamba_cli.evaluation.documents import perplexity_windows, read_text_documents
-from qmamba_cli.evaluation.drift import PATHS, Point, States, curve, tokens_read, trace
+from qmamba_cli.evaluation.drift import PATHS, Point, States, point, tokens_read, trace
 from qmamba_cli.model.mamba import Mamba, ModelState
 from qmamba_cli.model.prepare import float_model
 from qmamba_cli.modes import MODES, Mode, Precision, mode_by_name
-from qmamba_cli.progress import Progress, silent
+from qmamba_cli.progress import Advance, Progress, silent
 from qmamba_cli.resources import calib_data_path
 from qmamba_cli.stages.common import within_gpu_memory
+from qmamba_cli.stages.drift_curves import Curve, measured_curves
+from qmamba_cli.stages.partial import Keeper, fingerprint_of
 from qmamba_cli.stages.run import LoadedModel, ModelOptions, load_model
 
 ALL = "all"
@@ -43,6 +46,7 @@ class DriftOptions:
         paths: prefill, decode or both.
         backend: auto, cpu or cuda.
         offline: use only the Hub's local cache.
+        keeper: where an interrupted measurement keeps what it has; with None an interrupt is raised.
     """
 
     modes: Sequence[str] = DEFAULT_MODES
@@ -56,21 +60,7 @@ class DriftOptions:
     paths: Sequence[str] = PATHS
     backend: str = "auto"
     offline: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curve:
-    """One mode's line.
-
-    Attributes:
-        mode: name of the row.
-        path: prefill or decode.
-        points: rising in length.
-    """
-
-    mode: str
-    path: str
-    points: Sequence[Point]
+    keeper: Keeper | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,16 +68,18 @@ class DriftReport:
     """What `drift` found.
 
     Attributes:
-        curves: by path, then by mode.
+        curves: by path, then by mode; the last that was measured before an interrupt may be shorter.
         streams: pieces of text that ran.
         length: tokens of each.
         context: how it was made: model, file, text, versions, seconds.
+        partial: whether it was interrupted.
     """
 
     curves: Sequence[Curve]
     streams: int
     length: int
     context: Mapping[str, Any]
+    partial: bool = False
 
     def record(self) -> dict[str, Any]:
         """The report as one JSON object; the HTML page is made of it alone."""
@@ -103,6 +95,7 @@ class DriftReport:
             ],
             "n": {"streams": self.streams, "length": self.length, "tokens": self.streams * self.length},
             "interval": f"{CONFIDENCE:.0%}, percentiles of {RESAMPLES} bootstrap resamples of streams",
+            **({"partial": True} if self.partial else {}),
             "qmamba": dict(self.context),
         }
 
@@ -110,10 +103,11 @@ class DriftReport:
 def drift(options: DriftOptions, *, progress: Progress = silent) -> DriftReport:
     """Measure what quantization and carried state do to long sequences.
 
-    Reads the quantized file, the float model and the text; writes nothing. Deterministic given these, the
-    options and the machine.
+    Reads the quantized file, the float model and the text; writes nothing but, when it is interrupted and an
+    output is named, the curves so far. Deterministic given these, the options and the machine.
 
     Raises:
+        KeyboardInterrupt: it was interrupted before there was anything to show, or has no keeper.
         UsageError: an option is out of range.
         ArtifactError: the quantized file is damaged or the float model is not the one it was made from.
         DatasetError: the text is shorter than one stream.
@@ -125,30 +119,55 @@ def drift(options: DriftOptions, *, progress: Progress = silent) -> DriftReport:
     data = options.data or calib_data_path("lastword.jsonl")
     texts = read_text_documents(data, column=options.text_column)
     ids = perplexity_windows(loaded.tokenizer, texts, options.length)[: options.streams]
-    curves = []
+    circumstances = {
+        "backend": baseline.backend.name,
+        "tool_version": tool_version(),
+        "versions": library_versions(),
+        "threads": torch.get_num_threads(),
+    }
+    record = {
+        **loaded.provenance,
+        # The file's path may change, its digest not.
+        "artifact": loaded.provenance["artifact"]["digest"],
+        **circumstances,
+        "modes": [mode.columns() for mode in rows],
+        "paths": list(options.paths),
+    }
+
+    @lru_cache(maxsize=1)
+    def model_in(mode: Mode) -> Mamba:
+        return (loaded if mode is rows[0] else _load(options, mode)).model
+
     with within_gpu_memory(len(ids)):
         with progress("running the float model", tokens_read(options.length, PATHS[0])) as advance:
-            expected = trace(baseline, ids, _reader(baseline), path=PATHS[0], advance=advance)
-        for number, mode in enumerate(rows):
-            model = (loaded if number == 0 else _load(options, mode)).model
-            for path in options.paths:
-                with progress(f"mode {mode.name}, {path}", tokens_read(options.length, path)) as advance:
-                    got = trace(model, ids, _reader(model), path=path, advance=advance)
-                points = curve(baseline, expected, model, got)
-                curves.append(Curve(mode=mode.name, path=path, points=points))
+            expected = list(trace(baseline, ids, _reader(baseline), path=PATHS[0], advance=advance))
+
+        def follow(mode: Mode, path: str, advance: Advance) -> Iterator[Point]:
+            model = model_in(mode)
+            steps = trace(model, ids, _reader(model), path=path, advance=advance)
+            for reference, got in zip(expected, steps, strict=True):
+                yield point(baseline, reference, model, got)
+
+        curves, partial = measured_curves(
+            [(mode, path) for mode in rows for path in options.paths],
+            follow,
+            length=options.length,
+            layers=baseline.config.n_layer,
+            keeper=options.keeper,
+            fingerprint=fingerprint_of(record, [ids]),
+            progress=progress,
+        )
     curves.sort(key=lambda one: options.paths.index(one.path))
     return DriftReport(
         curves=curves,
         streams=len(ids),
         length=options.length,
+        partial=partial,
         context={
             "command": "drift",
             **loaded.provenance,
             "data": None if options.data is None else str(options.data),
-            "backend": baseline.backend.name,
-            "tool_version": tool_version(),
-            "versions": library_versions(),
-            "threads": torch.get_num_threads(),
+            **circumstances,
             "seconds": round(time.perf_counter() - started, 3),
         },
     )

@@ -193,7 +193,7 @@ class FakeQuantizedModel:
         # The operators that follow read the tensor they are shown here, so it is overwritten in place.
         for columns, scale in self._grids.get(key, ()):
             view = tensor[..., columns]
-            view.copy_(_per_token(view) if scale is None else fake_quantize(view, scale))
+            view.copy_(per_token(view) if scale is None else fake_quantize(view, scale))
 
     def _on_grid(self, state: ModelState) -> ModelState:
         return [
@@ -204,7 +204,7 @@ class FakeQuantizedModel:
         ]
 
 
-def _per_token(x: torch.Tensor) -> torch.Tensor:
+def per_token(x: torch.Tensor) -> torch.Tensor:
     """(b, l, channels) on grids of one scale a token."""
     q, scale = quantize_per_token(x.transpose(1, 2))
     return (q * scale.unsqueeze(1)).transpose(1, 2)

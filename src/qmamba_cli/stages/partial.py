@@ -7,12 +7,13 @@ that the resumed result is the one of a command that was never interrupted.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qmamba_cli.artifacts.files import atomic_file, canonical_json
@@ -101,7 +102,7 @@ class Keeper:
         try:
             record = json.loads(file.metadata[_KEY])
             found, done = record["fingerprint"], int(record["done"])
-            if record["format"] != _FORMAT or done < 1:
+            if record["format"] != _FORMAT or done < 0:
                 raise ValueError("another format")
             arrays = {name: file.numpy(name).copy() for name in file.names}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -129,7 +130,7 @@ class Keeper:
         Args:
             fingerprint: of everything that the arrays depend on.
             arrays: booleans are kept as uint8.
-            done: how much of the work they come from, its first units; at least 1.
+            done: how much of the work they come from, its first units.
 
         Raises:
             QmambaError: the file cannot be written.
@@ -166,19 +167,24 @@ class Keeper:
         return [*own, *others]
 
 
-def fingerprint_of(record: Mapping[str, Any], batches: Iterable[Batch]) -> str:
+def fingerprint_of(record: Mapping[str, Any], tensors: Iterable[torch.Tensor]) -> str:
     """Digest of everything that scores depend on.
 
     Args:
         record: JSON's types: artifacts, options, versions.
-        batches: the tokens that are scored.
+        tensors: the tokens that are scored, on the CPU.
     """
     digest = hashlib.sha256(canonical_json(dict(record)).encode("ascii"))
-    for batch in batches:
-        for tensor in (batch.ids, batch.rows, batch.positions, batch.targets):
-            digest.update(canonical_json(list(tensor.shape)).encode("ascii"))
-            digest.update(tensor.contiguous().numpy().tobytes())
+    for tensor in tensors:
+        digest.update(canonical_json(list(tensor.shape)).encode("ascii"))
+        digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def tensors_of(batches: Iterable[Batch]) -> Iterator[torch.Tensor]:
+    """What the scores of batches depend on."""
+    for batch in batches:
+        yield from (batch.ids, batch.rows, batch.positions, batch.targets)
 
 
 def documents_of(batches: Sequence[Batch]) -> int:

@@ -33,7 +33,7 @@ from qmamba_cli.stages.load import ModelOptions as ModelOptions
 from qmamba_cli.stages.load import assemble as assemble
 from qmamba_cli.stages.load import load_baseline
 from qmamba_cli.stages.load import load_model as load_model
-from qmamba_cli.stages.partial import Keeper, fingerprint_of
+from qmamba_cli.stages.partial import Keeper, fingerprint_of, tensors_of
 from qmamba_cli.stages.score_tables import Scored, score_table
 from qmamba_cli.stages.shared_scoring import shared_table
 from qmamba_cli.stages.task_batches import require_text, task_batches
@@ -196,7 +196,7 @@ def _scored(
         batches,
         reference=reference,
         keeper=options.keeper,
-        fingerprint=fingerprint_of(record, batches),
+        fingerprint=fingerprint_of(record, tensors_of(batches)),
         description=description,
         progress=progress,
     )

@@ -26,7 +26,7 @@ from qmamba_cli.quant.observers import ObserverSet, Reduction
 from qmamba_cli.sites import SITES, site_key
 from qmamba_cli.stages.common import within_gpu_memory
 from qmamba_cli.stages.fake_quantized import fake_quantizer
-from qmamba_cli.stages.partial import Keeper, fingerprint_of
+from qmamba_cli.stages.partial import Keeper, fingerprint_of, tensors_of
 from qmamba_cli.stages.sensitivity_rows import Plan, Rows, Views, measured_rows, own_errors
 from qmamba_cli.stages.task_batches import require_text, task_batches
 from qmamba_cli.tokenizer import Tokenizer
@@ -207,7 +207,7 @@ def sensitivity(options: SensitivityOptions, *, progress: Progress = silent) -> 
             batches,
             errors,
             keeper=options.keeper,
-            fingerprint=fingerprint_of(record, batches),
+            fingerprint=fingerprint_of(record, tensors_of(batches)),
             progress=progress,
         )
     return SensitivityReport(

@@ -8,6 +8,7 @@ from qmamba_cli import console
 from qmamba_cli.console import Column
 
 if TYPE_CHECKING:
+    from qmamba_cli.evaluation.drift import Point
     from qmamba_cli.stages.drift import DriftReport
 
 # Lengths whose KL a table shows; the files hold them all.
@@ -34,7 +35,8 @@ def show_drift(report: "DriftReport", *, written: Sequence[Path], as_json: bool)
         console.write(to_json(record))
         return
     context, n = record["qmamba"], record["n"]
-    lengths = [point.t for point in report.curves[0].points][-_LENGTHS:]
+    lengths = max(([point.t for point in one.points] for one in report.curves), key=len)[-_LENGTHS:]
+    marked = ", partial" if report.partial else ""
     columns = (
         Column("mode"),
         Column("path"),
@@ -46,17 +48,24 @@ def show_drift(report: "DriftReport", *, written: Sequence[Path], as_json: bool)
         (
             one.mode,
             one.path,
-            *(f"{point.kl:.4g}" for point in one.points[-_LENGTHS:]),
+            *_kls(one.points, lengths),
             f"{one.points[-1].logits_error * 100:.2f} %",
             f"{one.points[-1].state_error * 100:.2f} %",
         )
         for one in report.curves
     ]
+    streams = f"{n['streams']} streams of {n['length']:,} tokens{marked}"
     console.table(
-        f"{context['weights']}, {n['streams']} streams of {n['length']:,} tokens, {context['seconds']:.1f} s",
+        f"{context['weights']}, {streams}, {context['seconds']:.1f} s",
         columns,
         cells,
-        caption="KL to the float model, nats a token, mean since the length before; errors at the last one",
+        caption="KL to the float model, nats a token, mean since the length before; errors at the last",
     )
     for path in written:
         console.note(f"written to {path}")
+
+
+def _kls(points: "Sequence[Point]", lengths: Sequence[int]) -> list[str]:
+    """KL at each length; empty where an interrupted curve has not come so far."""
+    found = {point.t: f"{point.kl:.4g}" for point in points}
+    return [found.get(length, "") for length in lengths]
