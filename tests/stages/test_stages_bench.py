@@ -7,15 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
 from command_line import Outcome, artifacts, qmamba, refused
+from html_checks import checked_page
 
+from qmamba_cli.artifacts.quantized import read_quantized
 from qmamba_cli.cli import app
 from qmamba_cli.commands.bench import bench as command
 from qmamba_cli.errors import DeviceError, QmambaError, UsageError
+from qmamba_cli.evaluation.results import json_safe
+from qmamba_cli.html.bench import bench_page
 from qmamba_cli.kernels.backend import CPU
 from qmamba_cli.modes import MODES
 from qmamba_cli.stages import bench as stage
@@ -24,7 +27,6 @@ from qmamba_cli.stages.bench import BenchOptions, bench, shape_config
 from qmamba_cli.stages.bench_breakdown import REST, STAGES, _with_rest, breakdown
 from qmamba_cli.stages.bench_measure import Counts, Spread, is_out_of_memory, timed
 from qmamba_cli.stages.run import ModelOptions, load_model
-from qmamba_cli.views.bench_chart import chart_html
 
 QUICK: dict[str, Any] = {"prompt_lengths": (8,), "new_tokens": 3, "repeat": 2, "warmup": 0, "backend": "cpu"}
 COUNTS = Counts(batch_sizes=(1,), prompt_lengths=(4,), new_tokens=2, repeat=1, warmup=0, breakdown=False)
@@ -262,19 +264,31 @@ def test_tables_and_chart_of_the_command(tmp_path: Path) -> None:
 
 
 def test_the_chart_stands_alone_and_escapes_what_it_shows(tiny: None) -> None:
-    report = bench(BenchOptions(shape="130m", modes=(MODES["0"],), w_bits=(8,), **QUICK))
-    failed = replace(report.rows[1], measured=None, error="out of <memory> & time")
-    page = chart_html(replace(report, rows=[*report.rows, failed]), 'qmamba bench "<&>"')
-    assert not re.search(r"(src|href)\s*=|@import|url\(|https?:", page)
-    assert "prefers-color-scheme: dark" in page and "color-scheme: light dark" in page
-    assert "out of &lt;memory&gt; &amp; time" in page and "&lt;&amp;&gt;" in page
-    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(drawings) == 2
-    for drawing in drawings:
-        root = ElementTree.fromstring(drawing)
-        bars = [float(bar.attrib["width"]) for bar in root.iter("rect")]
-        assert len(bars) == 2 and all(0 < width <= float(root.attrib["width"]) for width in bars)
-        assert sum(text.text == "out of <memory> & time" for text in root.iter("text")) == 1
+    report = bench(BenchOptions(shape="130m", modes=(MODES["0"],), w_bits=(8,), breakdown=True, **QUICK))
+    failed = replace(report.rows[1], mode="2-4", measured=None, error="out of <memory> & time")
+    record = {"command": 'qmamba bench "<&>"', **replace(report, rows=[*report.rows, failed]).to_dict()}
+    page = checked_page(bench_page(json_safe(record)))
+    assert 'Made by: qmamba bench "<&>"' in page.all_text()
+    charts = page.find("svg", "chart")
+    assert len(charts) == 2, "the first token, and each token after it"
+    for chart in charts:
+        assert len(chart.find("rect", "fill")) == 2, "the float model and mode 0; mode 2-4 did not run"
+    first, *stages = page.find("table")
+    assert any(cell.text == "out of <memory> & time" for cell in first.find("td"))
+    for table in stages:
+        assert REST in [cell.text for cell in table.find("td")]
+    assert len(stages) == 2
+
+
+def test_times_of_a_file_name_its_digests(tiny: None) -> None:
+    made = artifacts()
+    report = bench(BenchOptions(checkpoint=made.w4, modes=(MODES["0"],), baseline=False, **QUICK))
+    own = report.to_dict()["qmamba"]
+    manifest = read_quantized(made.w4).manifest
+    assert own["artifact"] == {"path": str(made.w4), "digest": manifest.content_digest}
+    assert own["calibration"]["digest"] == manifest.calibration.digest
+    assert own["model"]["digest"] == manifest.model.digest
+    assert "qmamba" not in bench(BenchOptions(shape="130m", modes=(MODES["0"],), **QUICK)).to_dict()
 
 
 @pytest.mark.parametrize(

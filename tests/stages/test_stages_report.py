@@ -52,7 +52,10 @@ def made(tmp_path_factory):
         cwd=folder,
     )
     done("drift", *file, "--modes", "0", "--length", 8, "--streams", 2, "--output", "drift.json", cwd=folder)
-    (folder / "bench.json").write_text(json.dumps(BENCH))
+    # As `bench` writes it: provenance of the file that was timed.
+    own = json.loads((folder / "run.json").read_text())["qmamba"]
+    named = {name: own[name] for name in ("artifact", "calibration", "model", "weights")}
+    (folder / "bench.json").write_text(json.dumps({**BENCH, "qmamba": named}))
     return folder
 
 
@@ -96,12 +99,19 @@ def test_the_summary_quotes_what_each_file_says(made, page):
 def test_the_picture_joins_each_file_to_what_it_was_made_from(made, page):
     lineage = page.find("section")[1]
     boxes = lineage.find("rect", "box-node")
-    # The float model, both artifacts and five outcomes, of which the times name no digest.
+    # The float model, both artifacts and five outcomes: a line to each but the first.
     assert len(boxes) == 8
     assert lineage.find("rect", "absent") == []
-    assert len(lineage.find("polyline", "edge")) == 6
+    assert len(lineage.find("polyline", "edge")) == 7
     digest = json.loads((made / "run.json").read_text())["qmamba"]["artifact"]["digest"]
     assert any(digest[:12] in text.text for text in lineage.find("text"))
+
+
+def test_times_of_random_weights_stand_alone(tmp_path):
+    (tmp_path / "bench.json").write_text(json.dumps(BENCH))
+    done("report", "bench.json", "--out", "times.html", cwd=tmp_path)
+    lineage = checked_page((tmp_path / "times.html").read_text()).find("section")[1]
+    assert len(lineage.find("rect", "box-node")) == 1 and lineage.find("polyline", "edge") == []
 
 
 def test_a_line_past_a_column_goes_below_its_boxes():

@@ -1,14 +1,40 @@
-"""The sections of `qmamba bench`, from its JSON alone."""
+"""The page of `qmamba bench`, from its JSON alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qmamba_cli.html.charts import Bar, bar_chart
-from qmamba_cli.html.page import Block, Column, Figure, Section, Table, Text
-from qmamba_cli.html.scale import number, real
+from qmamba_cli.html.page import Block, Column, Figure, Section, Subheading, Table, Text, render_page
+from qmamba_cli.html.scale import number, percent, real
 
 _QUANTITIES = (("First token", "first_token_ms"), ("Each token after it", "token_ms"))
 _FLOAT, _QUANTIZED = 7, 0
+
+
+def bench_page(record: Mapping[str, Any]) -> str:
+    """The whole page.
+
+    Args:
+        record: what `qmamba bench --json` prints.
+    """
+    settings, own = record["settings"], record.get("qmamba") or {}
+    artifact = own.get("artifact")
+    facts = {
+        "model": record["model"],
+        **({} if artifact is None else {"file": artifact["digest"][:12]}),
+        "device": record["machine"].get("device", "n/a"),
+        "prompts timed": f"{settings['repeat']:,}",
+        "steps timed": f"{settings['new_tokens']:,}",
+        "version": record["machine"].get("qmamba-cli", "n/a"),
+    }
+    return render_page(
+        f"Times of {record['model']}",
+        bench_sections(record),
+        lead=headline(record),
+        facts=facts,
+        footer=f"Made by: {record['command']}" if record.get("command") else "",
+    )
 
 
 def headline(record: Mapping[str, Any]) -> str:
@@ -34,7 +60,9 @@ def bench_sections(record: Mapping[str, Any]) -> list[Section]:
     for row in record["rows"]:
         cases.setdefault((row["batch_size"], row["prompt_length"]), []).append(row)
     sections = [
-        Section(heading=f"Batch {batch}, prompts of {length} tokens", blocks=_case(rows, record["settings"]))
+        Section(
+            heading=f"Batch {batch}, prompts of {length:,} tokens", blocks=_case(rows, record["settings"])
+        )
         for (batch, length), rows in cases.items()
     ]
     machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
@@ -61,7 +89,38 @@ def _case(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> lis
         count = settings["repeat"] if field == "first_token_ms" else settings["new_tokens"]
         caption = f"{title}: median and quartiles, n = {count}. Grey: the float model."
         blocks.append(Figure(svg=chart, caption=caption))
-    return [*blocks, _table(rows)]
+    blocks.append(_table(rows))
+    for row in rows:
+        blocks += _stages(row)
+    return blocks
+
+
+def _stages(row: Mapping[str, Any]) -> list[Block]:
+    """Where the time of one model goes, if it was asked for."""
+    measured = row["measured"] or {}
+    prompt, step = measured.get("prompt_breakdown") or {}, measured.get("decode_breakdown") or {}
+    if not prompt:
+        return []
+    wholes = [math.fsum(map(float, parts.values())) for parts in (prompt, step)]
+    cells = []
+    for stage in dict.fromkeys((*prompt, *step)):
+        cell = [stage]
+        for parts, whole in zip((prompt, step), wholes, strict=True):
+            ms = float(parts.get(stage, 0.0))
+            cell += [number(ms), percent(ms / whole if whole else None)]
+        cells.append(cell)
+    headings = ("prompt, ms", "share", "step, ms", "share")
+    return [
+        Subheading(text=f"Mode {row['mode']}, {row['weights']}, by stage"),
+        Table(
+            columns=(
+                Column(heading="stage"),
+                *(Column(heading=heading, number=True) for heading in headings),
+            ),
+            rows=cells,
+            caption="each operator by itself; rest: what no operator does",
+        ),
+    ]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -93,10 +93,16 @@ def headline(record: Mapping[str, Any]) -> str:
 def compare_sections(record: Mapping[str, Any], charts: Mapping[str, Any] | None = None) -> list[Section]:
     """The sections, for a page of several commands' outcomes."""
     blocks: list[Block] = []
+    modes = record["modes"]
+    # Modes with the same bits are one model: one bar.
     bars = [
-        Bar(label=name, value=real(metrics["kl_mean"]), interval=_interval(metrics["kl_ci"]))
-        for name, metrics in record["modes"].items()
-        if metrics.get("kl_ci") is not None
+        Bar(
+            label=" = ".join(group),
+            value=real(modes[group[0]]["kl_mean"]),
+            interval=_interval(modes[group[0]]["kl_ci"]),
+        )
+        for group in groups(record)
+        if modes[group[0]].get("kl_ci") is not None
     ]
     if bars:
         chart = bar_chart("KL divergence by mode", bars, unit="KL to the float model, nats a token")
@@ -160,7 +166,7 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> Table:
     columns = [Column(heading="a"), Column(heading="b")]
     headings = ["Δ log-likelihood", "95 % interval", "p, corrected"]
     headings += ["Δ KL", "95 % interval", "p, corrected"] if compared else []
-    headings += ["only a right", "only b right", "McNemar p, corrected"]
+    headings += ["only a", "only b", "McNemar p"]
     columns += [Column(heading=heading, number=True) for heading in headings]
     rows = []
     for pair in pairs:
@@ -174,7 +180,11 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> Table:
             ]
         row += [str(pair.get("only_a", 0)), str(pair.get("only_b", 0)), p(pair.get("mcnemar_p_corrected"))]
         rows.append(row)
-    return Table(columns=columns, rows=rows, caption="differences are a - b, in nats a token")
+    caption = (
+        "differences are a - b, in nats a token; only a, only b: answers that one of them alone has right; "
+        "every p is corrected"
+    )
+    return Table(columns=columns, rows=rows, caption=caption)
 
 
 def _distribution(record: Mapping[str, Any], charts: Mapping[str, Any]) -> Figure:

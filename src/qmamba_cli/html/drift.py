@@ -98,11 +98,11 @@ def _charts(curves: Sequence[Mapping[str, Any]], path: str) -> list[Block]:
             caption="KL to the float model, mean since the point before. Shaded: 95 % over the streams.",
         ),
         Figure(
-            svg=chart(f"Error of the scan state by length, {path}", "state_error", "relative error"),
+            svg=chart(f"Error of the scan state by length, {path}", "state_error", "error of the state"),
             caption="Scan state as it leaves the call: ‖Δ‖ / ‖state of the float model‖, mean over layers.",
         ),
         Figure(
-            svg=chart(f"Error of the logits by length, {path}", "logits_error", "relative error"),
+            svg=chart(f"Error of the logits by length, {path}", "logits_error", "error of the logits"),
             caption="Logits less their mean: ‖Δ‖ / ‖logits‖, mean since the point before.",
         ),
         Figure(

@@ -12,6 +12,10 @@ from qmamba_cli.html.scale import number, scale, tick_label
 _CELL_TEXT = 44.0
 _FAINTEST = 0.04
 
+# From this opacity on a cell's text is in the colour for dark fills: there the two contrasts meet, over the
+# light and the dark page alike to within a tenth.
+_DARK = 0.72
+
 
 def heat_map(
     title: str,
@@ -62,7 +66,7 @@ def heat_map(
                 svg.rect(x + gap, y + 1, width - 2 * gap, height - 2, kind, tip=tip, opacity=opacity or 1.0)
             )
             if width >= _CELL_TEXT:
-                on = "value on" if opacity is not None and opacity > 0.55 else "value"
+                on = "value on" if opacity is not None and opacity > _DARK else "value"
                 parts.append(svg.text(x + width / 2, y + 17, form(value), anchor="middle", kind=on))
     bottom = 38 + height * len(rows)
     parts += _key(values, bottom, left, form, reverse=reverse)

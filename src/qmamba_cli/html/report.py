@@ -181,7 +181,7 @@ def _links(source: Source) -> _Links:
             return _Links(
                 quantized="", calibration=named(manifest, "calibration"), model=named(manifest, "model")
             )
-    # Times need no lineage to be read, and random weights have none.
+    # Times of random weights have no lineage.
     own = source.record.get("qmamba") or {}
     return _Links(
         quantized=named(own, "artifact"), calibration=named(own, "calibration"), model=named(own, "model")

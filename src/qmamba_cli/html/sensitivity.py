@@ -95,7 +95,7 @@ def _alone(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
         Text(
             text="Each tensor is quantized in all layers at once while everything else stays float. The scan "
             "state is put on its grid every 64 tokens; generation does so at every token, which "
-            "`qmamba drift` measures."
+            "qmamba drift measures."
         ),
         Figure(
             svg=chart,

@@ -22,6 +22,7 @@ from qmamba_cli.progress import Progress, silent
 from qmamba_cli.stages.bench_machine import machine, peak_host_bytes
 from qmamba_cli.stages.bench_measure import Counts, Measured, Spread, Timed, timed
 from qmamba_cli.stages.bench_peer import peer
+from qmamba_cli.stages.load import quantized_provenance
 from qmamba_cli.stages.run import ModelOptions, load_model
 
 # d_model and n_layer of the published state-spaces/mamba models; what else there is follows from d_model.
@@ -148,6 +149,7 @@ class BenchReport:
         rows: one a model, batch size and prompt length.
         host_bytes: largest memory of the process so far, or None where the system does not say.
         notes: what a reader must know beside the numbers.
+        provenance: the file, its calibration and float model by digest; empty with random weights.
     """
 
     model: str
@@ -157,6 +159,7 @@ class BenchReport:
     rows: Sequence[BenchRow]
     host_bytes: int | None
     notes: Sequence[str] = field(default_factory=tuple)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -168,6 +171,7 @@ class BenchReport:
             "rows": [row.to_dict() for row in self.rows],
             "peak_host_bytes": self.host_bytes,
             "notes": list(self.notes),
+            **({"qmamba": dict(self.provenance)} if self.provenance else {}),
         }
 
 
@@ -192,7 +196,7 @@ def bench(options: BenchOptions, *, progress: Progress = silent) -> BenchReport:
         QmambaError: nothing could be timed.
     """
     backend = select_backend(options.backend)
-    name, config, subjects = _subjects(options, backend)
+    name, config, subjects, provenance = _subjects(options, backend)
     counts = Counts(
         batch_sizes=tuple(dict.fromkeys(options.batch_sizes)),
         prompt_lengths=tuple(dict.fromkeys(options.prompt_lengths)),
@@ -222,6 +226,7 @@ def bench(options: BenchOptions, *, progress: Progress = silent) -> BenchReport:
         rows=_compared(rows),
         host_bytes=peak_host_bytes(),
         notes=(note,) if note else (),
+        provenance=provenance,
     )
 
 
@@ -272,13 +277,17 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def _subjects(options: BenchOptions, backend: Backend) -> tuple[str, MambaConfig, list[_Subject]]:
+def _subjects(
+    options: BenchOptions, backend: Backend
+) -> tuple[str, MambaConfig, list[_Subject], Mapping[str, Any]]:
+    provenance: Mapping[str, Any] = {}
     if options.shape is not None:
         config = shape_config(options.shape)
         name, quantized = f"{options.shape}, random weights", list(_random(options, config, backend))
     else:
         path = options.checkpoint or Workdir(options.workdir).resolve_export().path
-        manifest = read_quantized(path).manifest
+        artifact = read_quantized(path)
+        manifest, provenance = artifact.manifest, quantized_provenance(artifact)
         config = MambaConfig.from_dict(dict(manifest.model.config))
         name, weights = str(path), f"W{manifest.quantization.w_bits}A8"
         quantized = [
@@ -290,7 +299,7 @@ def _subjects(options: BenchOptions, backend: Backend) -> tuple[str, MambaConfig
         label = "fp16" if dtype is torch.float16 else "fp32"
         row = floats[0] if floats else MODES["fp"]
         quantized.insert(0, _Subject(row.name, label, lambda: _float(config, row, dtype, backend)))
-    return name, config, quantized
+    return name, config, quantized, provenance
 
 
 def _quantized(options: BenchOptions) -> list[Mode]:

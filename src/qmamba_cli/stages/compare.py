@@ -31,6 +31,7 @@ from qmamba_cli.stages.lineup import (
     plan_entries,
     without_repeats,
 )
+from qmamba_cli.stages.load import quantized_provenance
 from qmamba_cli.stages.partial import Keeper, fingerprint_of, tensors_of
 from qmamba_cli.stages.score_tables import score_table
 from qmamba_cli.stages.task_batches import require_text, task_batches
@@ -225,16 +226,12 @@ def _fingerprint(
 def _provenance(
     artifact: QuantizedArtifact, checkpoint: Checkpoint | None, backend: Backend
 ) -> Mapping[str, Any]:
-    manifest = artifact.manifest
     return {
-        "artifact": {"path": str(artifact.path), "digest": artifact.digest},
-        "calibration": {"digest": manifest.calibration.digest},
-        "model": {"source": manifest.model.source, "digest": manifest.model.digest},
+        **quantized_provenance(artifact),
         "baseline": None
         if checkpoint is None
         else {"source": checkpoint.source, "digest": checkpoint.digest},
-        "weights": f"W{manifest.quantization.w_bits}A8",
-        "alpha": manifest.quantization.alpha,
+        "alpha": artifact.manifest.quantization.alpha,
         "backend": backend.name,
         "device": str(backend.device),
         "tool_version": tool_version(),

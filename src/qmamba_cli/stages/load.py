@@ -90,14 +90,20 @@ def load_model(options: ModelOptions) -> LoadedModel:
     return LoadedModel(
         model=Mamba(assemble(artifact, backend.device), options.mode, backend),
         tokenizer=Tokenizer.from_files(artifact.files),
-        provenance={
-            "artifact": {"path": str(path), "digest": artifact.digest},
-            "calibration": {"digest": artifact.manifest.calibration.digest},
-            "model": {"source": artifact.manifest.model.source, "digest": artifact.manifest.model.digest},
-            "weights": f"W{artifact.manifest.quantization.w_bits}A8",
-        },
+        provenance=quantized_provenance(artifact),
         name=str(path),
     )
+
+
+def quantized_provenance(artifact: QuantizedArtifact) -> dict[str, Any]:
+    """Where a quantized file comes from, for results: its digest and those it names."""
+    manifest = artifact.manifest
+    return {
+        "artifact": {"path": str(artifact.path), "digest": artifact.digest},
+        "calibration": {"digest": manifest.calibration.digest},
+        "model": {"source": manifest.model.source, "digest": manifest.model.digest},
+        "weights": f"W{manifest.quantization.w_bits}A8",
+    }
 
 
 def _check_dtype(options: ModelOptions, backend: Backend) -> None:

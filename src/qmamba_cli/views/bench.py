@@ -24,16 +24,16 @@ def show_bench(
         force: whether an existing chart may be replaced.
         as_json: one JSON object in place of the tables.
     """
+    from qmamba_cli.evaluation.results import json_safe
+
+    record = json_safe({"command": command, **report.to_dict()})
     if chart is not None:
-        from qmamba_cli.artifacts.files import atomic_file
-        from qmamba_cli.views.bench_chart import chart_html
+        from qmamba_cli.html.bench import bench_page
+        from qmamba_cli.stages.reports import save_reports
 
-        with atomic_file(chart, force=force) as temporary:
-            temporary.write_text(chart_html(report, command), encoding="utf-8")
+        save_reports({chart: bench_page(record)}, force=force)
     if as_json:
-        from qmamba_cli.evaluation.results import json_safe
-
-        console.write_json(json_safe({"command": command, **report.to_dict()}))
+        console.write_json(record)
     else:
         _tables(report, command)
     if chart is not None:
