@@ -280,6 +280,24 @@ def test_the_chart_stands_alone_and_escapes_what_it_shows(tiny: None) -> None:
     assert len(stages) == 2
 
 
+def test_an_interrupt_shows_the_rows_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = stage.timed
+
+    def interrupted(make: Any, device: torch.device, counts: Counts) -> Any:
+        for number, timing in enumerate(real(make, device, counts)):
+            if number == 1:
+                raise KeyboardInterrupt
+            yield timing
+
+    monkeypatch.setattr(stage, "timed", interrupted)
+    chart = tmp_path / "chart.html"
+    outcome = run(*GIVEN, "--prompt-length", 4, "--json", "--chart", chart)
+    assert outcome.code == 130 and "partial" in outcome.err
+    value = outcome.json()
+    assert value["partial"] is True and [row["mode"] for row in value["rows"]] == ["fp"]
+    assert ", partial" in chart.read_text()
+
+
 def test_times_of_a_file_name_its_digests(tiny: None) -> None:
     made = artifacts()
     report = bench(BenchOptions(checkpoint=made.w4, modes=(MODES["0"],), baseline=False, **QUICK))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qmamba_cli import console
+from qmamba_cli.commands.interrupted import INTERRUPTED
 from qmamba_cli.errors import UsageError
 from qmamba_cli.modes import mode_by_name
 from qmamba_cli.options import DEFAULT_WORKDIR, BackendName, Force, Json, Quiet, Workdir
@@ -92,6 +93,9 @@ def bench(
     report = stage(options, progress=console.progress(quiet=quiet or as_json))
     command = shlex.join(["qmamba", *sys.argv[1:]])
     show_bench(report, command=command, chart=chart, force=force, as_json=as_json)
+    if report.partial:
+        console.note("the times are partial: rows are missing; run it again for all of them")
+        raise typer.Exit(INTERRUPTED)
 
 
 def _bits(text: str) -> tuple[int, ...]:

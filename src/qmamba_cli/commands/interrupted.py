@@ -9,7 +9,7 @@ from qmamba_cli import console
 if TYPE_CHECKING:
     from qmamba_cli.stages.partial import Keeper
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 
 def end_if_partial(keeper: "Keeper", *, partial: bool) -> None:
@@ -20,4 +20,4 @@ def end_if_partial(keeper: "Keeper", *, partial: bool) -> None:
         console.note("the results are partial; go on with the same command and `--resume`")
     else:
         console.note("the results are partial; with `--output FILE` an interrupted command can go on")
-    raise typer.Exit(_INTERRUPTED)
+    raise typer.Exit(INTERRUPTED)

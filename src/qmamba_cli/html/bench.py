@@ -21,7 +21,7 @@ def bench_page(record: Mapping[str, Any]) -> str:
     settings, own = record["settings"], record.get("qmamba") or {}
     artifact = own.get("artifact")
     facts = {
-        "model": record["model"],
+        "model": f"{record['model']}{', partial' if record.get('partial') else ''}",
         **({} if artifact is None else {"file": artifact["digest"][:12]}),
         "device": record["machine"].get("device", "n/a"),
         "prompts timed": f"{settings['repeat']:,}",

@@ -164,8 +164,8 @@ def _verdicts(record: Mapping[str, Any]) -> list[Block]:
 def _pairs(pairs: Sequence[Mapping[str, Any]]) -> Table:
     compared = any("delta_kl" in pair for pair in pairs)
     columns = [Column(heading="a"), Column(heading="b")]
-    headings = ["Δ log-likelihood", "95 % interval", "p, corrected"]
-    headings += ["Δ KL", "95 % interval", "p, corrected"] if compared else []
+    headings = ["Δ log-likelihood", "95 % interval", "p"]
+    headings += ["Δ KL", "95 % interval", "p"] if compared else []
     headings += ["only a", "only b", "McNemar p"]
     columns += [Column(heading=heading, number=True) for heading in headings]
     rows = []

@@ -150,6 +150,7 @@ class BenchReport:
         host_bytes: largest memory of the process so far, or None where the system does not say.
         notes: what a reader must know beside the numbers.
         provenance: the file, its calibration and float model by digest; empty with random weights.
+        partial: whether it was interrupted, so that only the first rows are there.
     """
 
     model: str
@@ -160,6 +161,7 @@ class BenchReport:
     host_bytes: int | None
     notes: Sequence[str] = field(default_factory=tuple)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    partial: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -172,6 +174,7 @@ class BenchReport:
             "peak_host_bytes": self.host_bytes,
             "notes": list(self.notes),
             **({"qmamba": dict(self.provenance)} if self.provenance else {}),
+            **({"partial": True} if self.partial else {}),
         }
 
 
@@ -187,9 +190,11 @@ class _Subject:
 def bench(options: BenchOptions, *, progress: Progress = silent) -> BenchReport:
     """Time every model that the options name; reads the file and writes nothing.
 
-    A model that does not fit into the GPU's memory becomes a row that says so.
+    A model that does not fit into the GPU's memory becomes a row that says so. Interrupted, it returns the
+    rows so far; it cannot go on later, since only times of one run are comparable.
 
     Raises:
+        KeyboardInterrupt: it was interrupted before the first row.
         UsageError: the options contradict each other.
         ArtifactError: the quantized file is damaged.
         DeviceError: the backend cannot run here.
@@ -207,15 +212,21 @@ def bench(options: BenchOptions, *, progress: Progress = silent) -> BenchReport:
     )
     rows: list[BenchRow] = []
     cases = len(counts.batch_sizes) * len(counts.prompt_lengths)
-    with progress("timing", (len(subjects) + 1) * cases) as advance:
-        for subject in subjects:
-            for timing in timed(subject.make, backend.device, counts):
-                rows.append(_row(subject.mode, subject.weights, timing))
-                advance(1)
-            _release()
-        peer_rows, note = peer(config, backend.device, counts)
-        rows += [_row("mamba_ssm", "fp16", timing) for timing in peer_rows]
-        advance(cases)
+    note, partial = "", False
+    try:
+        with progress("timing", (len(subjects) + 1) * cases) as advance:
+            for subject in subjects:
+                for timing in timed(subject.make, backend.device, counts):
+                    rows.append(_row(subject.mode, subject.weights, timing))
+                    advance(1)
+                _release()
+            peer_rows, note = peer(config, backend.device, counts)
+            rows += [_row("mamba_ssm", "fp16", timing) for timing in peer_rows]
+            advance(cases)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        partial = True
     if all(row.measured is None for row in rows):
         raise QmambaError(f"nothing could be timed: {rows[0].error}", hint=_smaller(options))
     return BenchReport(
@@ -227,6 +238,7 @@ def bench(options: BenchOptions, *, progress: Progress = silent) -> BenchReport:
         host_bytes=peak_host_bytes(),
         notes=(note,) if note else (),
         provenance=provenance,
+        partial=partial,
     )
 
 

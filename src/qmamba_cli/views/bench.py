@@ -68,7 +68,8 @@ def _tables(report: "BenchReport", command: str) -> None:
             if row.error
         ),
     ]
-    console.table(report.model, columns, cells, caption="\n".join(caption))
+    title = f"{report.model}, partial" if report.partial else report.model
+    console.table(title, columns, cells, caption="\n".join(caption))
     for row in report.rows:
         _breakdown(row)
     facts = dict(report.machine)
