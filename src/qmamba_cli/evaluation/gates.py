@@ -148,6 +148,22 @@ def check_gates(
             )
 
 
+def check_earlier(gates: Iterable[Gate], earlier: Mapping[str, Values]) -> None:
+    """Refuse gates whose metric the earlier results lack, before anything is computed.
+
+    Args:
+        gates: the gates.
+        earlier: mode → metric → value of the earlier results; those of a single mode stand for every one.
+
+    Raises:
+        UsageError: a metric is in none of the modes that the gate is about.
+    """
+    for gate in gates:
+        modes = list(earlier) if gate.mode is None or len(earlier) == 1 else [gate.mode]
+        if gate.relative and all(resolved(gate.metric, earlier.get(mode, {})) is None for mode in modes):
+            _value(gate, earlier.get(modes[0], {}), f"the earlier results of mode {modes[0]}")
+
+
 def resolved(metric: str, metrics: Iterable[str]) -> str | None:
     """The name under which a metric is stored, or None where there is none.
 

@@ -12,6 +12,7 @@ from qmamba_cli.evaluation.gates import (
     Gate,
     GateOutcome,
     Values,
+    check_earlier,
     check_gates,
     evaluate_gate,
     parse_gate,
@@ -68,8 +69,8 @@ def open_gates(options: GateOptions, *, task: str, modes: Sequence[str] | None =
         modes: names of the modes of a comparison, or None for a run in one mode.
 
     Raises:
-        UsageError: a gate cannot be read, or names a metric or mode there will not be, or the earlier results
-            are of another task.
+        UsageError: a gate cannot be read, or names a metric or mode there will not be or that the earlier
+            results lack, or those are partial or of another task.
         QmambaError: the earlier results cannot be read, or the JUnit file cannot be written.
         ArtifactError: the file holds no results.
     """
@@ -87,6 +88,7 @@ def open_gates(options: GateOptions, *, task: str, modes: Sequence[str] | None =
     baseline = None
     if options.baseline_results is not None:
         baseline = _read_results(options.baseline_results, task)
+        check_earlier(gates, baseline)
     return OpenGates(gates=gates, baseline=baseline, junit=options.junit, force=options.force)
 
 
@@ -195,6 +197,11 @@ def _read_results(path: Path, task: str) -> dict[str, Values]:
     if found != task:
         raise UsageError(
             f"`--baseline-results`: got results of task `{found}`, expected `{task}`", hint=_HINT
+        )
+    if results.get("partial"):
+        raise UsageError(
+            f"`--baseline-results`: got partial results in `{path}`, expected whole ones",
+            hint="go on with the command that was interrupted and `--resume`",
         )
     return modes
 
