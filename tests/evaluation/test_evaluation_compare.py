@@ -1,6 +1,7 @@
 """Comparisons of planted scores: what is the same, what differs, and what the sentences say."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,16 @@ def test_the_sentence_to_quote() -> None:
     )
     # The same finding, asked the other way round.
     assert verdict("0", "2-4", difference().swapped(), UNITS) == verdict("2-4", "0", difference(), UNITS)
+
+
+def test_who_is_ahead_of_the_float_model_loses_nothing_either(rng: np.random.Generator) -> None:
+    text = verdict("2-4", "0", difference(), replace(UNITS, above=frozenset({"2-4"})))
+    assert text.startswith("2-4 is 0.0060 nats a token ahead of 0 (95 % interval 0.0040 to 0.0080, n = ")
+    base = rng.normal(-4, 1, 40 * 32)
+    lls = np.stack([base, base + 0.05 + rng.normal(0, 0.1, base.size), base - 0.05])
+    found = compare_scores(["fp", "a", "b"], table(lls, 32), last_word=False, reference="fp")
+    assert pair_of(found, "a", "b")["verdict"].startswith("a is 0.10")
+    assert "nats a token ahead of b" in pair_of(found, "a", "b")["verdict"]
 
 
 def test_the_float_model_loses_nothing() -> None:

@@ -218,9 +218,7 @@ def test_gates_of_a_run(tmp_path: Path) -> None:
         refused(qmamba(*command, *arguments, cwd=tmp_path), code, *parts)
     compared = ("compare", "--checkpoint", artifacts().w4, "--modes", "0", "--gate", "0:kl<baseline")
     earlier = ("--baseline-results", "earlier.json")
-    refused(
-        qmamba(*compared, *earlier, cwd=tmp_path), 2, "got no metric `kl` in the earlier results of mode 0"
-    )
+    refused(qmamba(*compared, *earlier, cwd=tmp_path), 2, "no metric `kl` in the earlier results of mode 0")
     edit_json(tmp_path / "earlier.json", partial=True)
     refused(qmamba(*command, "--gate", "acc>baseline", *earlier, cwd=tmp_path), 2, "got partial results")
     edit_json(tmp_path / "earlier.json", results=[])

@@ -77,6 +77,7 @@ def compare_scores(
         document="document" if last_word else "window",
         answer="document" if last_word else "token",
         reference=reference,
+        above=_above(names, rows, reference),
     )
     leaders = _leaders(table)
     tested = [pair for pair in combinations(range(len(names)), 2) if all(leaders[i] == i for i in pair)]
@@ -101,6 +102,14 @@ def compare_scores(
             "tests": len(tested),
         },
     }
+
+
+def _above(names: Sequence[str], rows: Sequence[Row], reference: str | None) -> frozenset[str]:
+    """Names of the models with a larger log-likelihood than the reference."""
+    if reference is None:
+        return frozenset()
+    least = rows[names.index(reference)].lls.sum()
+    return frozenset(name for name, row in zip(names, rows, strict=True) if row.lls.sum() > least)
 
 
 def _row(table: ScoreTable, number: int, last_word: bool) -> Row:

@@ -20,6 +20,7 @@ class Units:
         document: the word for one: document or window.
         answer: the word for what is right or wrong: document or token.
         reference: name of the model that KL is measured against, or None.
+        above: names of the models with a larger log-likelihood than the reference, which lose nothing.
     """
 
     documents: int
@@ -27,6 +28,7 @@ class Units:
     document: str
     answer: str
     reference: str | None
+    above: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +130,8 @@ def _likelihood(a: str, b: str, difference: Difference, units: Units, n: str) ->
         return f"{a} gains {size} on {b} {within}"
     if units.reference is None:
         return f"{a} gains {size} on {b} {within}"
+    if a in units.above:
+        return f"{a} is {size} ahead of {b} {within}"
     return f"{a} loses {size} less than {b} {within}"
 
 
