@@ -198,7 +198,7 @@ def test_a_histogram_on_equal_steps_keeps_every_value():
 
 def test_rows_as_csv():
     a, b = Target(site="a", layer=3), Target(site="b", part="z")
-    rows = alone({a: outcome(0.5), b: outcome(0.25, 0.25)}, {}, 4)
+    rows = [*alone({a: outcome(0.5)}, {}, 4), *alone({b: outcome(0.25, 0.25)}, {}, 4)]
     first, second = (line.split(",") for line in csv_lines(rows, view="alone"))
     assert len(first) == len(second) == len(CSV_COLUMNS)
     assert first[:5] == ["alone", "a", "", "3", "0.5"]

@@ -175,28 +175,39 @@ class _Remembered:
 def interval(
     values: NDArray[np.float64], tokens: NDArray[np.int64], *, resamples: int = RESAMPLES
 ) -> tuple[float, float] | None:
-    """95 % interval of Σ values / Σ tokens: percentiles of a bootstrap over whole documents.
+    """The one interval of `intervals`: ``values`` (n,) float64."""
+    return intervals([values], tokens, resamples=resamples)[0]
+
+
+def intervals(
+    columns: Sequence[NDArray[np.float64]], tokens: NDArray[np.int64], *, resamples: int = RESAMPLES
+) -> list[tuple[float, float] | None]:
+    """95 % intervals of Σ values / Σ tokens: percentiles of a bootstrap over whole documents.
 
     Documents are drawn, not tokens: those of one document share a context and are not independent. The seed
-    is fixed, so the same scores give the same interval.
+    is fixed, so the same scores give the same interval, and all columns are drawn alike.
 
     Args:
-        values: (n,) float64, one sum a document.
+        columns: each (n,) float64, one sum a document.
         tokens: (n,) int64, tokens behind each sum.
         resamples: number of resamples.
 
     Returns:
-        Lower and upper end, or None where there are fewer than two documents or a value is not finite.
+        For each column the lower and upper end, or None where there are fewer than two documents or a value
+        is not finite.
     """
-    n = len(values)
-    if n < 2 or not np.isfinite(values).all():
-        return None
+    n = len(tokens)
+    finite = [n > 1 and bool(np.isfinite(column).all()) for column in columns]
+    if not any(finite):
+        return [None for _ in columns]
+    values = np.stack([column for column, sound in zip(columns, finite, strict=True) if sound], axis=1)
     random = np.random.default_rng(_SEED)
     means: list[NDArray[np.float64]] = []
     for start in range(0, resamples, max(1, _BLOCK // n)):
         draws = min(max(1, _BLOCK // n), resamples - start)
-        weights = random.multinomial(n, np.full(n, 1 / n), size=draws)
-        means.append((weights @ values) / (weights @ tokens))
+        weights = random.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+        means.append((weights @ values) / (weights @ tokens.astype(np.float64))[:, None])
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return float(low), float(high)
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
+    ends = iter(zip(low.tolist(), high.tolist(), strict=True))
+    return [next(ends) if sound else None for sound in finite]

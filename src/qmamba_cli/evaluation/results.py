@@ -13,6 +13,7 @@ from typing import Any
 from qmamba_cli.evaluation import statistics
 from qmamba_cli.evaluation.scoring import LastWordScore, PerplexityScore
 from qmamba_cli.evaluation.tasks import Task
+from qmamba_cli.progress import Progress, silent
 
 NOT_AVAILABLE = "N/A"
 
@@ -20,7 +21,10 @@ Metrics = dict[str, float | str]
 
 
 def last_word_metrics(
-    scores: Sequence[LastWordScore], *, bootstrap_iters: int = statistics.BOOTSTRAP_ITERS
+    scores: Sequence[LastWordScore],
+    *,
+    bootstrap_iters: int = statistics.BOOTSTRAP_ITERS,
+    progress: Progress = silent,
 ) -> Metrics:
     """Metrics of a last-word task under lm-eval's keys.
 
@@ -28,6 +32,7 @@ def last_word_metrics(
         scores: one a document, at least one.
         bootstrap_iters: resamples for the perplexity's standard error; 0 leaves both standard errors out, as
             in lm-eval.
+        progress: told of each resample.
 
     Returns:
         perplexity (exp of minus the mean ll a document), acc and both standard errors.
@@ -38,7 +43,9 @@ def last_word_metrics(
     return {
         "perplexity,none": statistics.perplexity(lls),
         "perplexity_stderr,none": _or_missing(
-            statistics.perplexity_stderr(lls, bootstrap_iters=bootstrap_iters) if with_stderr else None
+            statistics.perplexity_stderr(lls, bootstrap_iters=bootstrap_iters, progress=progress)
+            if with_stderr
+            else None
         ),
         "acc,none": statistics.mean(hits),
         "acc_stderr,none": _or_missing(statistics.mean_stderr(hits) if with_stderr else None),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qmamba_cli.evaluation.divergence import Outcome, interval
+from qmamba_cli.evaluation.divergence import Outcome, intervals
 from qmamba_cli.quant.grid import QMAX, QMIN, dequantize, reciprocal
 from qmamba_cli.quant.histogram import Histogram
 
@@ -151,8 +151,8 @@ def alone(outcomes: Mapping[Target, Outcome], errors: Mapping[Target, TensorErro
     """
     total = sum(outcome.kl_mean for outcome in outcomes.values())
     rows = [
-        _row(target, outcome, _share(outcome.kl_mean, total), errors, layers)
-        for target, outcome in outcomes.items()
+        _row(target, outcome, kl_ci, _share(outcome.kl_mean, total), errors, layers)
+        for (target, outcome), kl_ci in zip(outcomes.items(), _intervals(outcomes), strict=True)
     ]
     return sorted(rows, key=lambda row: row.cost, reverse=True)
 
@@ -172,15 +172,26 @@ def against_everything(
         layers: as for `alone`.
     """
     total = everything.kl_mean
+    gains = intervals([everything.kl - outcome.kl for outcome in outcomes.values()], everything.tokens)
     rows = [
         replace(
-            _row(target, outcome, _share(total - outcome.kl_mean, total), errors, layers),
+            _row(target, outcome, kl_ci, _share(total - outcome.kl_mean, total), errors, layers),
             gain=total - outcome.kl_mean,
-            gain_ci=interval(everything.kl - outcome.kl, everything.tokens),
+            gain_ci=gain_ci,
         )
-        for target, outcome in outcomes.items()
+        for (target, outcome), kl_ci, gain_ci in zip(
+            outcomes.items(), _intervals(outcomes), gains, strict=True
+        )
     ]
     return sorted(rows, key=lambda row: row.cost)
+
+
+def _intervals(outcomes: Mapping[Target, Outcome]) -> list[tuple[float, float] | None]:
+    """The interval of each mean KL; the outcomes are over the same documents."""
+    if not outcomes:
+        return []
+    tokens = next(iter(outcomes.values())).tokens
+    return intervals([outcome.kl for outcome in outcomes.values()], tokens)
 
 
 def _share(part: float, whole: float) -> float:
@@ -188,13 +199,18 @@ def _share(part: float, whole: float) -> float:
 
 
 def _row(
-    target: Target, outcome: Outcome, share: float, errors: Mapping[Target, TensorError], layers: int
+    target: Target,
+    outcome: Outcome,
+    kl_ci: tuple[float, float] | None,
+    share: float,
+    errors: Mapping[Target, TensorError],
+    layers: int,
 ) -> Row:
     sqnr_db, clip_rate = tensor_error(target, errors, layers)
     return Row(
         target=target,
         kl=outcome.kl_mean,
-        kl_ci=outcome.kl_interval,
+        kl_ci=kl_ci,
         delta_ll=outcome.delta_ll_mean,
         share=share,
         sqnr_db=sqnr_db,

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from qmamba_cli.progress import Progress, silent
+
 BOOTSTRAP_ITERS = 100_000
 
 # One seed for each thousand resamples, as lm-eval hands them to its workers.
@@ -51,7 +53,9 @@ def perplexity(lls: Sequence[float]) -> float:
     return _exp(-mean(lls))
 
 
-def perplexity_stderr(lls: Sequence[float], *, bootstrap_iters: int = BOOTSTRAP_ITERS) -> float | None:
+def perplexity_stderr(
+    lls: Sequence[float], *, bootstrap_iters: int = BOOTSTRAP_ITERS, progress: Progress = silent
+) -> float | None:
     """Bootstrap standard error of `perplexity`.
 
     The resamples come in chunks of ``min(1000, bootstrap_iters)``; chunk i draws from ``random.Random(i)``.
@@ -60,6 +64,7 @@ def perplexity_stderr(lls: Sequence[float], *, bootstrap_iters: int = BOOTSTRAP_
     Args:
         lls: log-likelihoods in nats.
         bootstrap_iters: number of resamples.
+        progress: told of each resample.
 
     Returns:
         The sample standard deviation of the resampled perplexities, or None where there are fewer than two
@@ -70,8 +75,10 @@ def perplexity_stderr(lls: Sequence[float], *, bootstrap_iters: int = BOOTSTRAP_
     values = np.asarray(lls, dtype=np.float64)
     draws = min(_CHUNK, bootstrap_iters)
     resampled: list[float] = []
-    for seed in range(bootstrap_iters // draws):
-        resampled.extend(_exp(-value) for value in _resampled_means(values, seed, draws))
+    with progress("bootstrap", bootstrap_iters) as advance:
+        for seed in range(bootstrap_iters // draws):
+            resampled.extend(_exp(-value) for value in _resampled_means(values, seed, draws))
+            advance(draws)
     return sample_stddev(resampled)
 
 

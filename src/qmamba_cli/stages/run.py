@@ -123,7 +123,7 @@ def run_task(
     with within_gpu_memory(options.batch_size):
         scored = _scored(loaded, task, options, found.batches, group, offline, progress)
     with scored.kept():
-        metrics, lines = _metrics(task, scored.table, found.texts)
+        metrics, lines = _metrics(task, scored.table, found.texts, progress)
     model = loaded.model
     results = build_results(
         task,
@@ -213,12 +213,14 @@ def _circumstances(model: Mamba) -> dict[str, Any]:
     }
 
 
-def _metrics(task: Task, table: ScoreTable, texts: Sequence[str]) -> tuple[dict[str, float | str], list[str]]:
+def _metrics(
+    task: Task, table: ScoreTable, texts: Sequence[str], progress: Progress
+) -> tuple[dict[str, float | str], list[str]]:
     """The metrics of the last model of the table, and the lines of the sample log."""
     if not task.is_last_word:
         return perplexity_metrics(table.running_text(-1)), []
     scores = table.last_words(-1, texts)
-    return last_word_metrics(scores), list(sample_lines(scores))
+    return last_word_metrics(scores, progress=progress), list(sample_lines(scores))
 
 
 def run_prompt(
