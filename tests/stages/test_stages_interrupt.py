@@ -4,40 +4,23 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from command_line import Outcome, artifacts, done, environment, qmamba, refused, tree
+from command_line import Outcome, artifacts, done, qmamba, refused, tree
 
+from qmamba_cli import cli
+from qmamba_cli.evaluation import divergence
 from qmamba_cli.resources import calib_data_path
+from qmamba_cli.stages import drift, score_tables
 
 TEXT = ("--task-data", str(calib_data_path("lastword.jsonl")))
 PATIENCE = 60.0
-# A process that tells when a function is called for the nth time, and then waits there for the signal.
-PROGRAM = """
-import importlib, sys, time
-from pathlib import Path
-from qmamba_cli.cli import main
-
-module, name, count, marker, *sys.argv[1:] = sys.argv[1:]
-module, calls = importlib.import_module(module), []
-real = getattr(module, name)
-
-def waiting(*given, **options):
-    calls.append(1)
-    if len(calls) == int(count):
-        Path(marker).touch()
-        time.sleep(600)
-    return real(*given, **options)
-
-setattr(module, name, waiting)
-main()
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +38,7 @@ class Case:
     """
 
     arguments: tuple[object, ...]
-    module: str = "qmamba_cli.stages.score_tables"
+    module: ModuleType = score_tables
     function: str = "score_batch"
     count: int
     calls: int
@@ -69,7 +52,7 @@ def cases() -> dict[str, Case]:
     text = (*TEXT, "--seqlen", 16, "--batch-size", 1)
     running = ("run", *words, *text, "--task", "perplexity", "--baseline", "demo")
     sensitivity = ("sensitivity", *text, "--calibration", made.calibration, "--limit", 2)
-    drift = ("drift", "--checkpoint", made.w8, "--modes", "0,2-4", "--length", 6, "--streams", 2)
+    drifting = ("drift", "--checkpoint", made.w8, "--modes", "0,2-4", "--length", 6, "--streams", 2)
     return {
         "compare": Case(
             arguments=("compare", *words, "--modes", "0,2-4"), count=3, calls=4, share=2, others=("--html",)
@@ -79,7 +62,7 @@ def cases() -> dict[str, Case]:
         # Nineteen models are three steps of each of two batches.
         "sensitivity": Case(
             arguments=(*sensitivity, "--no-leave-one-out"),
-            module="qmamba_cli.evaluation.divergence",
+            module=divergence,
             count=5,
             calls=6,
             share=1,
@@ -87,8 +70,8 @@ def cases() -> dict[str, Case]:
         ),
         # Four points are a curve, and four curves the measurement.
         "drift": Case(
-            arguments=drift,
-            module="qmamba_cli.stages.drift",
+            arguments=drifting,
+            module=drift,
             function="point",
             count=7,
             calls=16,
@@ -114,26 +97,50 @@ def share_of(command: str, record: dict[str, Any]) -> int:
 
 def interrupted(case: Case, folder: Path, *arguments: object) -> Outcome:
     """The command in a process of its own, which gets SIGINT in the call that the case names."""
-    marker = folder.parent / f"{folder.name}.waits"
-    command = [*case.arguments, *arguments]
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, case.module, case.function, str(case.count), str(marker)]
-        + [str(part) for part in command],
-        cwd=folder,
-        env=environment(OMP_NUM_THREADS="1"),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-    ) as process:
-        until = time.monotonic() + PATIENCE
-        while not marker.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=PATIENCE)
-    assert marker.exists(), err
-    assert "Traceback" not in err
-    return Outcome(process.returncode, out, err)
+    marker, out, err = (folder.parent / f"{folder.name}.{name}" for name in ("waits", "out", "err"))
+    child = os.fork()
+    if child == 0:
+        # Whatever happens, the child never comes back into the test.
+        code = 99
+        try:
+            sys.stdout, sys.stderr = (path.open("w", encoding="utf-8") for path in (out, err))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            wait_in(case, marker)
+            code = qmamba_here(*case.arguments, *arguments, folder=folder)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    until = time.monotonic() + PATIENCE
+    while not marker.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGINT)
+    _child, status = os.waitpid(child, 0)
+    outcome = Outcome(os.waitstatus_to_exitcode(status), out.read_text(), err.read_text())
+    assert marker.exists(), outcome
+    assert "Traceback" not in outcome.err
+    return outcome
+
+
+def wait_in(case: Case, marker: Path) -> None:
+    """Have the case's call tell that it has come, and wait there for the signal."""
+    real, calls = getattr(case.module, case.function), []
+
+    def waiting(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == case.count:
+            marker.touch()
+            time.sleep(PATIENCE)
+        return real(*given, **options)
+
+    setattr(case.module, case.function, waiting)
+
+
+def qmamba_here(*arguments: object, folder: Path) -> int:
+    """``qmamba ARGUMENTS`` with this process's own streams."""
+    os.chdir(folder)
+    sys.argv = ["qmamba", *map(str, arguments)]
+    return cli._exit_code()
 
 
 def files(case: Case) -> tuple[object, ...]:
@@ -185,14 +192,13 @@ def test_what_is_interrupted_goes_on_without_doing_anything_twice(
 ) -> None:
     case = cases()[name]
     assert interrupted(case, tmp_path, "--output", "r.json").code == 130
-    module = sys.modules[case.module]
-    real, calls = getattr(module, case.function), []
+    real, calls = getattr(case.module, case.function), []
 
     def counted(*given: Any, **options: Any) -> Any:
         calls.append(1)
         return real(*given, **options)
 
-    monkeypatch.setattr(module, case.function, counted)
+    monkeypatch.setattr(case.module, case.function, counted)
     done(*case.arguments, "--output", "r.json", "--resume", cwd=tmp_path)
     assert len(calls) == case.calls - (case.count - 1)
 
