@@ -107,6 +107,18 @@ def test_the_picture_joins_each_file_to_what_it_was_made_from(made, page):
     assert any(digest[:12] in text.text for text in lineage.find("text"))
 
 
+def test_what_an_interrupt_left_is_marked(made, tmp_path):
+    for name in MADE:
+        record = json.loads((made / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**record, "partial": True}))
+    outcome = done("report", *MADE, "--out", "partial.html", cwd=tmp_path)
+    assert outcome.out.count(", partial") == len(MADE)
+    page = checked_page((tmp_path / "partial.html").read_text())
+    rows = [row.find("td")[1].text for row in page.find("section")[0].find("tr") if row.find("td")]
+    assert rows == [f"{what}, partial" for what in ("results", "comparison", "sensitivity", "drift", "times")]
+    assert "3, partial" in [cell.text for cell in page.find("td")], "how many documents of the run"
+
+
 def test_times_of_random_weights_stand_alone(tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps(BENCH))
     done("report", "bench.json", "--out", "times.html", cwd=tmp_path)

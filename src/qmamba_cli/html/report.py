@@ -41,6 +41,11 @@ class Source:
     digest: str
     record: Mapping[str, Any]
 
+    @property
+    def what(self) -> str:
+        """The kind in words, marked where an interrupted command left it."""
+        return f"{self.kind.value}, partial" if self.record.get("partial") else self.kind.value
+
 
 # Kind → keys that only its files have together.
 _MARKS: Mapping[Kind, tuple[str, ...]] = {
@@ -138,7 +143,7 @@ def _summary(sources: Sequence[Source]) -> Section:
     blocks: list[Block] = [Items(lines=lines)] if lines else []
     files = Table(
         columns=(Heading(heading="file"), Heading(heading="what it is"), Heading(heading="digest")),
-        rows=[(one.name, one.kind.value, one.digest[:SHOWN]) for one in sources],
+        rows=[(one.name, one.what, one.digest[:SHOWN]) for one in sources],
         caption="digest: an artifact's content digest, else the sha256 of the file; the first 12 digits",
     )
     return Section(heading="Summary", blocks=[*blocks, files])

@@ -95,7 +95,8 @@ def _mode(run: Run) -> str:
 
 def _amount(run: Run, task: str) -> str:
     counts = run.record.get("n-samples", {}).get(task)
-    return "" if counts is None else f"n = {counts['effective']:,}"
+    marked = ", partial" if run.record.get("partial") else ""
+    return "" if counts is None else f"n = {counts['effective']:,}{marked}"
 
 
 def _with_error(metrics: Mapping[str, Any], name: str) -> str:

@@ -58,7 +58,7 @@ def report(paths: Sequence[Path]) -> Report:
     names = _names(list(found.values()))
     sources = [_read(path, name) for path, name in zip(found.values(), names, strict=True)]
     page = report_page(sources)
-    return Report(page=page, sources=tuple((source.name, source.kind.value) for source in sources))
+    return Report(page=page, sources=tuple((source.name, source.what) for source in sources))
 
 
 def _members(path: Path) -> list[Path]:
