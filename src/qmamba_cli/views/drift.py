@@ -54,7 +54,7 @@ def show_drift(report: "DriftReport", *, written: Sequence[Path], as_json: bool)
         )
         for one in report.curves
     ]
-    streams = f"{n['streams']} streams of {n['length']:,} tokens{marked}"
+    streams = f"{n['streams']} stream{'' if n['streams'] == 1 else 's'} of {n['length']:,} tokens{marked}"
     console.table(
         f"{context['weights']}, {streams}, {context['seconds']:.1f} s",
         columns,
