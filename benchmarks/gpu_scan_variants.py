@@ -24,7 +24,7 @@ _TOLERANCE = 1e-5
 
 
 def variants(types: str) -> Iterator[cuda.LaunchConfig]:
-    """Both walks of 16 states, and lanes with every size of block that fits."""
+    """Both walks of 16 states, and every instance of lanes with every size of block that fits."""
     for states, lanes in ((8, 2), (4, 4)):
         yield cuda.LaunchConfig(
             entry=f"selective_scan_walk<{types}, {states}, {lanes}>",
@@ -33,13 +33,13 @@ def variants(types: str) -> Iterator[cuda.LaunchConfig]:
             lanes_per_channel=lanes,
         )
     gpu = cuda.gpu_of(torch.device("cuda", torch.cuda.current_device()))
-    for lanes in (4, 8, 16):
-        shared = cuda.lanes_shared_bytes(lanes, types)
+    for lanes in (8, 16):
+        entry, shared = f"selective_scan_lanes<{types}, {lanes}>", cuda.lanes_shared_bytes(lanes, types)
         for warps in range(1, 11):
             channels = warps * 32 // lanes
-            if shared <= gpu.block_shared_bytes and channels % 4 == 0:
+            if entry in cuda.ENTRIES and shared <= gpu.block_shared_bytes and channels % 4 == 0:
                 yield cuda.LaunchConfig(
-                    entry=f"selective_scan_lanes<{types}, {lanes}>",
+                    entry=entry,
                     threads=(warps + 2) * 32,
                     channels=channels,
                     lanes_per_channel=lanes,
