@@ -7,11 +7,13 @@ channel by channel, and a tensor that is absent from a result is empty.
 import torch
 from torch import Tensor
 
+from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.backend import CPU, Backend, select_backend
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.kernels.linear.packed import PackedInt4
 from qmamba_cli.kernels.selective_scan.reference import CHUNK
 from qmamba_cli.modes import ScanOrder
+from qmamba_cli.quant.grid import Scale
 
 
 def _table(tensor: Tensor) -> Backend:
@@ -43,19 +45,30 @@ def _weight(weight: Tensor, multiplier: Tensor | None, group_size: int, columns:
     return PackedInt4(codes=weight, multiplier=multiplier, group_size=group_size, columns=columns)
 
 
-def _quantize(x: Tensor, scale: float) -> Tensor:
-    return _table(x).quantize(x, scale).contiguous()
+def _scale(number: float | None, of_channels: Tensor | None) -> Scale | None:
+    return number if of_channels is None else of_channels
 
 
-def _quantize_fake(x: Tensor, scale: float) -> Tensor:  # noqa: ARG001 (the operator's signature)
+def _given(number: float | None, of_channels: Tensor | None) -> Scale:
+    scale = _scale(number, of_channels)
+    if scale is None:
+        raise ShapeError("a grid needs a scale, got neither a number nor one a channel")
+    return scale
+
+
+def _quantize(x: Tensor, scale: float | None, channel_scale: Tensor | None) -> Tensor:
+    return _table(x).quantize(x, _given(scale, channel_scale)).contiguous()
+
+
+def _quantize_fake(x: Tensor, scale: float | None, channel_scale: Tensor | None) -> Tensor:  # noqa: ARG001
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
-def _dequantize(q: Tensor, scale: float) -> Tensor:
-    return _table(q).dequantize(q, scale).contiguous()
+def _dequantize(q: Tensor, scale: float | None, channel_scale: Tensor | None) -> Tensor:
+    return _table(q).dequantize(q, _given(scale, channel_scale)).contiguous()
 
 
-def _dequantize_fake(q: Tensor, scale: float) -> Tensor:  # noqa: ARG001
+def _dequantize_fake(q: Tensor, scale: float | None, channel_scale: Tensor | None) -> Tensor:  # noqa: ARG001
     return q.new_empty(q.shape, dtype=torch.float32)
 
 
@@ -206,6 +219,7 @@ def _conv_flat(
     token_scale: Tensor | None,
     weight_scale: Tensor | None,
     out_scale: float | None,
+    out_channel_scale: Tensor | None,
     state: Tensor | None,
     state_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,7 +229,7 @@ def _conv_flat(
         bias,
         x_scale=x_scale if token_scale is None else token_scale,
         weight_scale=weight_scale,
-        out_scale=out_scale,
+        out_scale=_scale(out_scale, out_channel_scale),
         state=None if state is None else ConvState(state, state_scale),
     )
     scale = None if new.scale is None else new.scale.contiguous()
@@ -230,14 +244,16 @@ def _conv_flat_fake(
     token_scale: Tensor | None,
     weight_scale: Tensor | None,  # noqa: ARG001
     out_scale: float | None,
+    out_channel_scale: Tensor | None,
     state: Tensor | None,  # noqa: ARG001
     state_scale: Tensor | None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, d, _ = x.shape
     kept = weight.shape[1] - 1
+    coarse = _scale(out_scale, out_channel_scale)
     scale = None if token_scale is None else x.new_empty(b, kept, dtype=torch.float32)
     return (
-        _empty_channels_last(x, _float_of(x) if out_scale is None else torch.int8),
+        _empty_channels_last(x, _float_of(x) if coarse is None else torch.int8),
         x.new_empty(b, d, kept),
         _or_empty(scale, x),
     )
@@ -254,6 +270,7 @@ def _scan_flat(
     dt_bias: Tensor,
     order: str,
     u_scale: float | None,
+    u_channel_scale: Tensor | None,
     requantize_u: bool,
     dt_scale: float | None,
     b_scale: float | None,
@@ -273,7 +290,7 @@ def _scan_flat(
         z,
         dt_bias,
         order=ScanOrder(order),
-        u_scale=u_scale,
+        u_scale=_scale(u_scale, u_channel_scale),
         requantize_u=requantize_u,
         dt_scale=dt_scale,
         b_scale=b_scale,
@@ -298,6 +315,7 @@ def _scan_flat_fake(
     dt_bias: Tensor,  # noqa: ARG001
     order: str,  # noqa: ARG001
     u_scale: float | None,  # noqa: ARG001
+    u_channel_scale: Tensor | None,  # noqa: ARG001
     requantize_u: bool,  # noqa: ARG001
     dt_scale: float | None,  # noqa: ARG001
     b_scale: float | None,  # noqa: ARG001

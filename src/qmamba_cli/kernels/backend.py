@@ -15,6 +15,7 @@ from qmamba_cli.kernels.linear import reference as linear_reference
 from qmamba_cli.kernels.quantize import reference as quantize_reference
 from qmamba_cli.kernels.rms_norm import reference as norm_reference
 from qmamba_cli.kernels.selective_scan import reference as scan_reference
+from qmamba_cli.quant.grid import Scale
 
 BACKENDS = ("auto", "cpu", "cuda")
 
@@ -42,8 +43,8 @@ class Backend:
 
     name: str
     device: torch.device
-    quantize: Callable[[torch.Tensor, float], torch.Tensor]
-    dequantize: Callable[[torch.Tensor, float], torch.Tensor]
+    quantize: Callable[[torch.Tensor, Scale], torch.Tensor]
+    dequantize: Callable[[torch.Tensor, Scale], torch.Tensor]
     quantize_per_token: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     rms_norm: Callable[..., torch.Tensor]
     linear: Callable[..., torch.Tensor]

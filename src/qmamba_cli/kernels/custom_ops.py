@@ -21,6 +21,7 @@ from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.kernels.linear.interleaved import Interleaved, Weight
 from qmamba_cli.kernels.selective_scan.reference import ScanResult
 from qmamba_cli.modes import ScanOrder
+from qmamba_cli.quant.grid import Scale
 
 NAMESPACE = "qmamba"
 
@@ -31,8 +32,8 @@ def as_custom_ops(backend: Backend) -> Backend:
     ops = torch.ops.qmamba
     return replace(
         backend,
-        quantize=ops.quantize,
-        dequantize=ops.dequantize,
+        quantize=lambda x, scale: ops.quantize(x, *_number_or_channels(scale)),
+        dequantize=lambda q, scale: ops.dequantize(q, *_number_or_channels(scale)),
         quantize_per_token=ops.quantize_per_token,
         rms_norm=lambda x, weight, *, eps, out_scale=None, out_dtype=None: ops.rms_norm(
             x, weight, eps, out_scale, out_dtype
@@ -53,6 +54,10 @@ def _flat(weight: Weight) -> tuple[Tensor, Tensor | None, int, int]:
     if isinstance(weight, Tensor):
         return weight, None, 0, weight.shape[1]
     return weight.codes, weight.multiplier, weight.group_size, weight.columns
+
+
+def _number_or_channels(scale: Scale | None) -> tuple[float | None, Tensor | None]:
+    return (None, scale) if isinstance(scale, Tensor) else (scale, None)
 
 
 def _expand(weight: Interleaved) -> Tensor:
@@ -106,14 +111,14 @@ def _causal_conv1d(
     *,
     x_scale: float | Tensor | None = None,
     weight_scale: Tensor | None = None,
-    out_scale: float | None = None,
+    out_scale: Scale | None = None,
     state: ConvState | None = None,
 ) -> tuple[Tensor, ConvState]:
     token_scale = x_scale if isinstance(x_scale, Tensor) else None
     number = None if isinstance(x_scale, Tensor) else x_scale
     values, scales = (None, None) if state is None else state
     out, kept, kept_scale = torch.ops.qmamba.causal_conv1d(
-        x, weight, bias, number, token_scale, weight_scale, out_scale, values, scales
+        *(x, weight, bias, number, token_scale, weight_scale, *_number_or_channels(out_scale), values, scales)
     )
     return out, ConvState(kept, None if token_scale is None else kept_scale)
 
@@ -129,7 +134,7 @@ def _selective_scan(
     dt_bias: Tensor,
     *,
     order: ScanOrder,
-    u_scale: float | None = None,
+    u_scale: Scale | None = None,
     requantize_u: bool = False,
     dt_scale: float | None = None,
     b_scale: float | None = None,
@@ -140,7 +145,7 @@ def _selective_scan(
     return_chunk_states: bool = False,
 ) -> ScanResult:
     y, new, chunks = torch.ops.qmamba.selective_scan(
-        *(u, dt, A, B, C, D, z, dt_bias, str(order), u_scale, requantize_u),
-        *(dt_scale, b_scale, c_scale, z_scale, state, state_scale, return_chunk_states),
+        *(u, dt, A, B, C, D, z, dt_bias, str(order), *_number_or_channels(u_scale)),
+        *(requantize_u, dt_scale, b_scale, c_scale, z_scale, state, state_scale, return_chunk_states),
     )
     return ScanResult(y, new, chunks if return_chunk_states else None)

@@ -11,14 +11,16 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float NO_STEP = -1e30f;
 
 // The parameters of every kernel. Strides are in elements; scales are real units a step, 1 for float operands.
+//   u_steps (d) has a scale of u for each channel, or is null where u_scale is that of all.
 //   u_inv_scale != 0 puts a float32 u on the grid first. state_inv_scale != 0: states are int8, else float32.
 //   state_in (b, d, n) or null for zeros; state_out (b, d, n); chunk_states (b, ceil(l / CHUNK), d, n) or null.
 //   blocks_x: blocks along the channels; blockIdx.x = batch * blocks_x + block of channels.
 #define SCAN_PARAMETERS                                                                                     \
   const U *__restrict__ u, const In *__restrict__ dt, const In *__restrict__ z, const In *__restrict__ B,   \
       const In *__restrict__ C, const float *__restrict__ A, const float *__restrict__ D,                   \
-      const float *__restrict__ dt_bias, const void *__restrict__ state_in, void *__restrict__ state_out,   \
-      float *__restrict__ chunk_states, typename OutOf<U>::type *__restrict__ y, long long u_batch,         \
+      const float *__restrict__ dt_bias, const float *__restrict__ u_steps,                                 \
+      const void *__restrict__ state_in, void *__restrict__ state_out, float *__restrict__ chunk_states,    \
+      typename OutOf<U>::type *__restrict__ y, long long u_batch,                                           \
       long long u_row, long long dt_batch, long long dt_row, long long z_batch, long long z_row,            \
       long long b_batch, long long b_row, long long c_batch, long long c_row, float u_scale,                \
       float u_inv_scale, float dt_scale, float b_scale, float c_scale, float z_scale, float state_scale,    \
@@ -83,6 +85,14 @@ __device__ __forceinline__ float steps_of(T raw) {
 
 __device__ __forceinline__ float real_of(unsigned int raw, float scale) { return qm_i8_to_f32(raw) * scale; }
 __device__ __forceinline__ float real_of(float raw, float) { return raw; }
+
+// u's scale in channel c, and its inverse: zero where nothing is rounded.
+__device__ __forceinline__ float u_step_of(const float* u_steps, int c, float u_scale) {
+  return u_steps == nullptr ? u_scale : u_steps[c];
+}
+__device__ __forceinline__ float u_inverse_of(const float* u_steps, float u_step, float u_inv_scale) {
+  return u_steps == nullptr || u_inv_scale == 0.0f ? u_inv_scale : __frcp_rn(u_step);
+}
 
 // Only a float32 u may have to be put on its grid.
 template <typename U>

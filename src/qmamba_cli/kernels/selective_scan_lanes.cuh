@@ -303,6 +303,8 @@ __global__ void __launch_bounds__(LANES_THREADS + HELPERS, 1) selective_scan_lan
   const float bias = dt_bias[min(c0 + ch, d - 1)];
   // y is scaled by C's scale at the end.
   const float skip_weight = D[min(c0 + ch, d - 1)] / c_scale;
+  const float u_step = u_step_of(u_steps, min(c0 + ch, d - 1), u_scale);
+  const float u_inverse = u_inverse_of(u_steps, u_step, u_inv_scale);
 
   // The first round only fetches.
   int buffer = 1;
@@ -325,7 +327,7 @@ __global__ void __launch_bounds__(LANES_THREADS + HELPERS, 1) selective_scan_lan
       float delta[SEGMENT], driven[SEGMENT], sums[SEGMENT], span = 0.0f;
 #pragma unroll
       for (int i = 0; i < SEGMENT; i++) {
-        const float u_now = u_of<U>(load_raw(u_own + i * PITCH), u_scale, u_inv_scale);
+        const float u_now = u_of<U>(load_raw(u_own + i * PITCH), u_step, u_inverse);
         delta[i] = delta_of(load_raw(dt_own + i * PITCH), dt_scale, bias);
         driven[i] = delta[i] * u_now * b_scale;
         sums[i] = skip_weight * u_now;

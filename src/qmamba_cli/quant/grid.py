@@ -6,6 +6,7 @@ same float32 number, so both backends place the boundaries between steps at the 
 """
 
 import math
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ QMAX = 127
 MIN_SCALE = 1e-8
 # Smallest absmax of one token under dynamic quantization.
 MIN_TOKEN_ABSMAX = 1e-5
+
+# Real units a step: one number, or (c,) float32 with one for each channel of a tensor (b, c, ...).
+Scale: TypeAlias = float | torch.Tensor
 
 
 def scale_from_absmax(absmax: float) -> float:
@@ -45,19 +49,26 @@ def reciprocal(scale: float) -> float:
     return float(np.float32(1.0) / np.float32(scale))
 
 
-def quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: Scale) -> torch.Tensor:
     """Float to int8: ``saturate(round_half_even(x * (1 / scale)))``.
 
     >>> quantize(torch.tensor([0.5, 1.5, -2.5, 300.0, -300.0]), 1.0).tolist()
     [0, 2, -2, 127, -128]
+    >>> quantize(torch.tensor([[3.0, 3.0]]), torch.tensor([1.0, 2.0])).tolist()
+    [[3, 2]]
 
     Args:
-        x: any shape, float32, finite.
-        scale: real units a step, finite and > 0.
+        x: any shape, float32, finite; (b, c, ...) where each channel has a scale.
+        scale: real units a step, finite and > 0: one number, or (c,) float32.
 
     Returns:
         int8 of x's shape.
+
+    Raises:
+        ShapeError: the scale is not as above.
     """
+    if isinstance(scale, torch.Tensor):
+        return _round_saturate(x * along_channels(scale, x).reciprocal())
     return _round_saturate(x * reciprocal(scale))
 
 
@@ -79,14 +90,28 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _round_saturate(x * scale.reciprocal().unsqueeze(1)), scale
 
 
-def dequantize(q: torch.Tensor, scale: float) -> torch.Tensor:
-    """Int8 to float32: ``scale * q``."""
-    return q.to(torch.float32) * scale
+def dequantize(q: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """Int8 to float32: ``scale * q``; scales as for `quantize`."""
+    return q.to(torch.float32) * (along_channels(scale, q) if isinstance(scale, torch.Tensor) else scale)
 
 
-def fake_quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
+def fake_quantize(x: torch.Tensor, scale: Scale) -> torch.Tensor:
     """Float to the nearest float on the grid: ``dequantize(quantize(x))``, idempotent."""
     return dequantize(quantize(x, scale), scale)
+
+
+def along_channels(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A scale a channel in a shape that broadcasts over x (b, c, ...).
+
+    Raises:
+        ShapeError: it is not (c,) float32.
+    """
+    if x.dim() < 2 or scale.shape != x.shape[1:2] or scale.dtype != torch.float32:
+        raise ShapeError(
+            f"a scale a channel of a tensor {tuple(x.shape)} must be float32, one each along axis 1, "
+            f"got {scale.dtype} {tuple(scale.shape)}"
+        )
+    return scale.view(-1, *(1 for _ in range(x.dim() - 2)))
 
 
 def _round_saturate(steps: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 //   acc[c,t] = sum_k x[c, t-w+1+k] * weight[c,k]
 //   a[c,t]   = acc * s[c] + bias[c]              s = x_scale * weight_scale[c], weight_scale[c] or 1
 //   out[c,t] = a / (1 + exp(-a))                 float32, rounded once to x's dtype if that is a half; or divided by
-//                                                out_scale, rounded and saturated to int8
+//                                                out_scale or out_scale[c], rounded and saturated to int8
 //
 // Shapes and layout. x is (b, d, l); one of its last two axes is contiguous, the other has any stride. The output has
 // the same axis contiguous and is dense. weight (d, w), bias (d), weight_scale (d), state (b, d, w-1) and the token
@@ -42,11 +42,12 @@ constexpr int GROUP = 4;
 template <typename Out, bool BOUNDED>
 __device__ __forceinline__ Raw<Out> dot_row(u32 before, u32 now, u32 taps, float scale, float bias, float step) {
   const float scales[4] = {scale, scale, scale, scale}, biases[4] = {bias, bias, bias, bias};
+  const float steps[4] = {step, step, step, step};
   float sum[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) sum[k] = window_dot(before, now, taps, k);
   Raw<Out> four;
-  finish<BOUNDED>(sum, scales, biases, step, four);
+  finish<BOUNDED>(sum, scales, biases, steps, four);
   return four;
 }
 
@@ -101,15 +102,15 @@ __device__ __forceinline__ void finish_row(const Row<WORDS>& row, float x_scale,
   for (int i = 0; i < WORDS; ++i) store_four(four[i], to + 4 * i, left - 4 * i, vector);
 }
 
-// int8 with one scale, time contiguous. x: (d, l) a sequence, int8 steps of x_scale. step: out_scale * log2(e), int8
-// output only. span: rows a thread. load_vector, store_vector: all rows are aligned to the thread's access.
+// int8 with one scale, time contiguous. x: (d, l) a sequence, int8 steps of x_scale. step: the scale of the
+// output * log2(e), or that scale is out_scale[c]; int8 output only. span: rows a thread. load_vector, store_vector: all rows are aligned to the thread's access.
 template <typename Out>
 __global__ void __launch_bounds__(THREADS, 10)
     causal_conv1d_static(const i8* __restrict__ x, const i8* __restrict__ weight,
                          const float* __restrict__ weight_scale, const float* __restrict__ bias,
                          const i8* __restrict__ state, Out* __restrict__ out, i8* __restrict__ state_out, int d, int l,
                          int w, i64 batch_stride, i64 stride, int span, int load_vector, int store_vector, float step,
-                         float x_scale) {
+                         float x_scale, const float* __restrict__ out_scale) {
   constexpr int WORDS = sizeof(Out) == 1 ? 4 : 1;
   const int t = (blockIdx.y * blockDim.x + threadIdx.x) * (4 * WORDS);
   int c = blockIdx.x * blockDim.y * span + threadIdx.y;
@@ -122,6 +123,7 @@ __global__ void __launch_bounds__(THREADS, 10)
     const bool more = k + 1 < span && after < d;
     if (more) load_row(next, seq, weight, weight_scale, bias, after, t, load_vector);
     Out* to = out + (static_cast<i64>(blockIdx.z) * d + c) * l + t;
+    if (sizeof(Out) == 1 && out_scale != nullptr) step = out_scale[c] * LOG2E;
     if (sizeof(Out) == 4 || fabsf(row.scale * x_scale) * MAX_DOT + fabsf(row.bias) < UNBOUNDED_SUM) {
       finish_row<Out, false>(row, x_scale, step, to, l - t, store_vector);
     } else {
@@ -142,9 +144,9 @@ struct Channels {
   Quad quads[QUADS];
 
   template <typename Out, bool BOUNDED>
-  __device__ __forceinline__ void output(float step, Raw<Out> (&fours)[QUADS]) const {
+  __device__ __forceinline__ void output(Raw<Out> (&fours)[QUADS]) const {
 #pragma unroll
-    for (int i = 0; i < QUADS; ++i) fours[i] = windows[i].template output<Out, BOUNDED>(taps[i], quads[i], step);
+    for (int i = 0; i < QUADS; ++i) fours[i] = windows[i].template output<Out, BOUNDED>(taps[i], quads[i]);
   }
 
   // The steps before t; those before the call come from the state.
@@ -171,7 +173,7 @@ struct Channels {
 // Steps t to end of a thread's channels. whole: all of them exist and are aligned in x and out.
 template <typename Out, bool BOUNDED, int QUADS>
 __device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channels<QUADS>& own, Out* out, int c, int t,
-                                            int end, bool whole, float step) {
+                                            int end, bool whole) {
   Out* to = out + static_cast<i64>(t) * x.d + c;
   Raw<Out> fours[QUADS];
   if (whole && t + GROUP <= end) {
@@ -190,7 +192,7 @@ __device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channel
         for (int i = 0; i < QUADS; ++i) own.windows[i].push(rows[k].word[i]);
         // A step's register is loaded again as soon as it is free.
         if (more) rows[k].load(rows_ahead(from, stride, k));
-        own.template output<Out, BOUNDED>(step, fours);
+        own.template output<Out, BOUNDED>(fours);
         store_step(fours, rows_ahead(to, out_stride, k));
       }
       to = rows_ahead(to, out_stride, GROUP);
@@ -200,7 +202,7 @@ __device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channel
   for (; t < end; ++t, to += x.d) {
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) own.windows[i].push(load_four<false>(x, c + 4 * i, t, whole).bits);
-    own.template output<Out, BOUNDED>(step, fours);
+    own.template output<Out, BOUNDED>(fours);
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) store_four(fours[i], to + 4 * i, x.d - c - 4 * i, whole);
   }
@@ -214,7 +216,8 @@ __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 6)
                                   const float* __restrict__ weight_scale, const float* __restrict__ bias,
                                   const i8* __restrict__ state, Out* __restrict__ out, i8* __restrict__ state_out,
                                   int d, int l, int w, i64 batch_stride, i64 stride, int span, int load_vector,
-                                  int store_vector, float step, float x_scale) {
+                                  int store_vector, float step, float x_scale,
+                                  const float* __restrict__ out_scale) {
   const int c = (blockIdx.x * blockDim.x + threadIdx.x) * (4 * QUADS);
   const i64 start = (static_cast<i64>(blockIdx.y) * blockDim.y + threadIdx.y) * span;
   if (c >= d || start >= l) return;
@@ -231,13 +234,14 @@ __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 6)
 #pragma unroll
     for (int j = 0; j < 4; ++j) own.taps[i][j] = packed_taps(weight, min(first + j, d - 1), w);
     own.quads[i].load(weight_scale, bias, x_scale, first, d);
+    own.quads[i].load_steps(out_scale, step, first, d);
     large |= own.quads[i].large();
     own.quads[i].template convert<Out>();
   }
   if (sizeof(Out) == 1 && __any_sync(__activemask(), large)) {
-    walk_static<Out, true>(seq, own, rows_out, c, t, end, whole, step);
+    walk_static<Out, true>(seq, own, rows_out, c, t, end, whole);
   } else {
-    walk_static<Out, false>(seq, own, rows_out, c, t, end, whole, step);
+    walk_static<Out, false>(seq, own, rows_out, c, t, end, whole);
   }
   if (end != l) return;
 #pragma unroll
@@ -280,7 +284,7 @@ __global__ void __launch_bounds__(THREADS, 8)
       biases[i] = or_else(bias, c, 0.0f);
     }
     Raw<Out> four;
-    finish<true>(sum, scale, biases, 0.0f, four);
+    finish<true>(sum, scale, biases, scale, four);
     store_four(four, out + (static_cast<i64>(blockIdx.z) * d + c) * l + t, l - t, store_vector);
     if (t + 4 >= l) seq.store_state(c);
   }
@@ -310,7 +314,7 @@ struct RealChannels {
       sum[j] = fmaf(window[k][j], taps[3][j], sum[j]);
     }
     Raw<Out> out;
-    finish<true>(sum, quad.scale, quad.bias, 0.0f, out);
+    finish<true>(sum, quad.scale, quad.bias, quad.steps, out);
     return out;
   }
 

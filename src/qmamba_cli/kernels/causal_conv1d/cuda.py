@@ -9,7 +9,7 @@ from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels._launch import Arg, contiguous, launch, require_cuda, sm_count
 from qmamba_cli.kernels.causal_conv1d.reference import HALVES, ConvState, check_operands
 from qmamba_cli.kernels.quantize.cuda import quantize
-from qmamba_cli.quant.grid import reciprocal
+from qmamba_cli.quant.grid import Scale, reciprocal
 
 SOURCE = "causal_conv1d/causal_conv1d.cu"
 _C_NAMES = {torch.int8: "signed char", torch.float32: "float", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -110,7 +110,7 @@ def causal_conv1d(
     *,
     x_scale: float | torch.Tensor | None = None,
     weight_scale: torch.Tensor | None = None,
-    out_scale: float | None = None,
+    out_scale: Scale | None = None,
     state: ConvState | None = None,
 ) -> tuple[torch.Tensor, ConvState]:
     """Depthwise causal convolution, then SiLU; see `reference.causal_conv1d`.
@@ -125,9 +125,8 @@ def causal_conv1d(
     check_operands(x, weight, x_scale, weight_scale, state)
     if out_scale is None:
         return convolve(x, weight, bias, x_scale, weight_scale, None, state)
-    reciprocal(out_scale)
     static = x_scale is not None and not isinstance(x_scale, torch.Tensor)
-    if static and _FUSED_OUT_SCALES[0] <= out_scale <= _FUSED_OUT_SCALES[1]:
+    if static and _fused(out_scale):
         return convolve(x, weight, bias, x_scale, weight_scale, out_scale, state)
     if x.dtype not in HALVES:
         v, last = convolve(x, weight, bias, x_scale, weight_scale, None, state)
@@ -138,13 +137,21 @@ def causal_conv1d(
     return quantize(v, out_scale), ConvState(last.values.to(x.dtype))
 
 
+def _fused(out_scale: Scale) -> bool:
+    """Whether the kernels may round in their last fma; scales a channel are in these limits by contract."""
+    if isinstance(out_scale, torch.Tensor):
+        return True
+    reciprocal(out_scale)
+    return _FUSED_OUT_SCALES[0] <= out_scale <= _FUSED_OUT_SCALES[1]
+
+
 def convolve(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     x_scale: float | torch.Tensor | None,
     weight_scale: torch.Tensor | None,
-    out_scale: float | None,
+    out_scale: Scale | None,
     state: ConvState | None,
     *,
     config: LaunchConfig | None = None,
@@ -167,6 +174,7 @@ def convolve(
     config = config or _config(x, channels, static, out_dtype)
     access = 4 * config.quads if channels else _steps(static, out_dtype)
     stride = x.stride(2 if channels else 1)
+    of_channels, number = (out_scale, None) if isinstance(out_scale, torch.Tensor) else (None, out_scale)
     near = stride * x.element_size() < 2**32  # all that the kernels' row addresses hold
     args: list[Arg] = [
         x,
@@ -184,10 +192,10 @@ def convolve(
         np.int32(config.span),
         np.int32(near and _aligned(x, (x.stride(0) if b > 1 else 0, stride), access)),
         np.int32(_aligned(out, (d if channels else l,), access)),
-        np.float32(0.0 if out_scale is None else _LOG2_E / reciprocal(out_scale)),
+        np.float32(0.0 if number is None else _LOG2_E / reciprocal(number)),
     ]
     if static:
-        args.append(np.float32(x_scale))
+        args += [np.float32(x_scale), _vector("out_scale", of_channels, (d,), device)]
     else:
         held = None if state is None or per_token is None else state.scale
         args += [

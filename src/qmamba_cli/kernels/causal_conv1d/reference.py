@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from qmamba_cli.errors import ShapeError
-from qmamba_cli.quant.grid import quantize
+from qmamba_cli.quant.grid import Scale, quantize
 
 # Float inputs that are computed in float32 and rounded once at the end.
 HALVES = (torch.float16, torch.bfloat16)
@@ -30,7 +30,7 @@ def causal_conv1d(
     *,
     x_scale: float | torch.Tensor | None = None,
     weight_scale: torch.Tensor | None = None,
-    out_scale: float | None = None,
+    out_scale: Scale | None = None,
     state: ConvState | None = None,
 ) -> tuple[torch.Tensor, ConvState]:
     """Depthwise causal convolution, then SiLU.
@@ -56,7 +56,8 @@ def causal_conv1d(
         bias: (d,) float32 in real units, or None.
         x_scale: real units a step: one number, or (b, l) float32 with one a token.
         weight_scale: (d,) float32, real units a step of each channel's taps.
-        out_scale: real units a step of an int8 output, or None for v, unclipped: float32, or of x's dtype.
+        out_scale: real units a step of an int8 output, one number or (d,) float32 with one a channel, each in
+            1e-6 ... 1e4; or None for v, unclipped: float32, or of x's dtype.
         state: the state the call before returned, or None for zeros.
 
     Returns:

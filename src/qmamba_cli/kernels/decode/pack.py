@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.decode.tensors import BLOCKS, BlockTensors, DecodeColumns, DecodeScales, check_tensors
 from qmamba_cli.kernels.hadamard.matrix import core_matrix, plan_for, sylvester_matrix
 from qmamba_cli.quant.grid import reciprocal
@@ -59,7 +60,8 @@ class PackedBlock:
         norm_eps: epsilon of the RMSNorm.
         in_proj: packed.
         out_proj: packed.
-        in_constants: (128, 7, hk) int32 words: row scale and bias of x, z; taps; conv scale; conv bias.
+        in_constants: (128, 9, hk) int32 words: row scale and bias of x, z; taps; conv scale; conv bias; u's
+            scale and its reciprocal.
         out_constants: (128, 2, rows) float32: row scale, row bias.
         x_weight: (128, hk / 4, x_rows, 4) int8.
         x_factor: (x_rows,) float32, real units a step of x_proj's sums.
@@ -130,7 +132,7 @@ def pack_block(
     x_rows = -(-tensors.x_proj.qweight.shape[0] // 4) * 4
     dt_pieces = -(-rank // _PIECE)
     rows_out = -(-sizes.d_model // BLOCKS)
-    x_factor = _pad(tensors.x_proj.scale * scales.x_proj_input, x_rows, dim=0, value=1.0)
+    x_factor = _pad(tensors.x_proj.scale * scales.x_proj_codes, x_rows, dim=0, value=1.0)
     dt_factor = tensors.dt_proj.scale * scales.x_proj_output
     return PackedBlock(
         d_model=sizes.d_model,
@@ -225,7 +227,7 @@ def _pieces(codes: torch.Tensor, units: int, bits: int) -> torch.Tensor:
 def _in_constants(
     tensors: BlockTensors, scales: DecodeScales, columns: DecodeColumns, d_inner: int
 ) -> torch.Tensor:
-    """(128, 7, hk) int32 words."""
+    """(128, 9, hk) int32 words."""
     row_scale = tensors.in_proj.scale * scales.in_proj_input
     row_bias = torch.zeros_like(row_scale) if tensors.in_bias is None else tensors.in_bias
     conv_scale = tensors.conv.scale if columns.dynamic_input else tensors.conv.scale * scales.in_proj_output
@@ -235,7 +237,16 @@ def _in_constants(
     missing = taps.new_zeros(d_inner, 4 - taps.shape[1])
     word = torch.cat([missing, taps], dim=1).contiguous().view(torch.int32).squeeze(1)
     floats = [row_scale[:d_inner], row_scale[d_inner:], row_bias[:d_inner], row_bias[d_inner:]]
-    bits = [part.contiguous().view(torch.int32) for part in [*floats, conv_scale, conv_bias]]
+    u_scale = scales.x_proj_input
+    if not isinstance(u_scale, torch.Tensor):
+        u_scale = torch.full_like(conv_scale, u_scale)
+    if u_scale.shape != (d_inner,) or u_scale.dtype != torch.float32:
+        raise ShapeError(
+            f"decode: `x_proj_input` is {u_scale.dtype} {tuple(u_scale.shape)}, expected float32 ({d_inner},)"
+        )
+    # IEEE division: the number that the grid multiplies by.
+    last = [conv_scale, conv_bias, u_scale, u_scale.reciprocal()]
+    bits = [part.contiguous().view(torch.int32) for part in [*floats, *last]]
     bits.insert(4, word)
     return torch.stack([_channels(part) for part in bits], dim=1).contiguous()
 

@@ -90,7 +90,7 @@ def decode_block(
         state=state.conv,
     )
     codes = quantize(v, scales.x_proj_input)
-    x_dbl = _project(codes.transpose(1, 2), tensors.x_proj, None, scales.x_proj_input, scales.x_proj_output)
+    x_dbl = _project(codes.transpose(1, 2), tensors.x_proj, None, scales.x_proj_codes, scales.x_proj_output)
     dt_low, B, C = torch.split_with_sizes(x_dbl, [rank, n, n], dim=-1)
     dt = _project(dt_low, tensors.dt_proj, None, scales.x_proj_output, scales.dt_proj_output)
     scan = selective_scan(

@@ -200,8 +200,6 @@ def _in_step(
                 reciprocal(scales.in_proj_input),
                 reciprocal(scales.in_proj_output),
                 scales.in_proj_output,
-                scales.x_proj_input,
-                reciprocal(scales.x_proj_input),
             ),
             *_ints(
                 packed.columns.true_u,
@@ -227,7 +225,7 @@ def _in_step(
 def _conv_step(
     packed: PackedBlock, state: DecodeState, scratch: DecodeScratch, plan: DecodePlan, turn: _Turn
 ) -> Step:
-    scales, batch = packed.scales, state.ssm.shape[0]
+    batch = state.ssm.shape[0]
     return Step(
         entry="decode_conv",
         grid=(BLOCKS, 1, 1),
@@ -243,7 +241,6 @@ def _conv_step(
             scratch.x_sums,
             turn.before,
             turn.mine,
-            *_floats(scales.x_proj_input, reciprocal(scales.x_proj_input)),
             *_ints(packed.columns.true_u, batch, packed.hk, packed.taps, packed.x_rows, plan.copies),
             *_ints(turn.full, turn.late),
         ),

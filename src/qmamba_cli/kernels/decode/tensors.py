@@ -9,6 +9,7 @@ from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.kernels.hadamard.matrix import plan_for
 from qmamba_cli.modes import ConvInput, Mode, Precision, ScanReads, ScanU, State
+from qmamba_cli.quant.grid import Scale
 from qmamba_cli.quant.weights import GroupQuantized, RowQuantized
 
 # Thread blocks of every decode kernel, and the order of the Hadamard factor that joins them.
@@ -65,15 +66,24 @@ class DecodeColumns:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeScales:
-    """Activation scales of one block, real units a step; named as the calibrated sites."""
+    """Activation scales of one block, real units a step; named as the calibrated sites.
+
+    That of u, ``x_proj_input``, is one number or (d,) float32 with one a channel, which the columns of
+    x_proj's weight then hold.
+    """
 
     in_proj_input: float
     in_proj_output: float
-    x_proj_input: float
+    x_proj_input: Scale
     x_proj_output: float
     dt_proj_output: float
     ssm_state: float
     out_proj_input: float
+
+    @property
+    def x_proj_codes(self) -> float:
+        """What a step of x_proj's input counts in its product: u's scale, or 1 where the weight holds it."""
+        return 1.0 if isinstance(self.x_proj_input, torch.Tensor) else self.x_proj_input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

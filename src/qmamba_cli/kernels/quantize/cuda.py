@@ -6,15 +6,15 @@ import numpy as np
 import torch
 
 from qmamba_cli.errors import ShapeError
-from qmamba_cli.kernels._launch import launch, require_cuda
-from qmamba_cli.quant.grid import reciprocal
+from qmamba_cli.kernels._launch import contiguous, launch, require_cuda
+from qmamba_cli.quant.grid import Scale, along_channels, reciprocal
 
 SOURCE = "quantize/quantize.cu"
 _TYPES = {torch.float32: "float", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "signed char"}
 _FLOATS = tuple(dtype for dtype in _TYPES if dtype.is_floating_point)
 ENTRIES = (
-    "convert_rows<signed char, float>",
-    *(f"convert_rows<{_TYPES[dtype]}, signed char>" for dtype in _FLOATS),
+    *(f"convert_{rows}<signed char, float>" for rows in ("rows", "channels")),
+    *(f"convert_{rows}<{_TYPES[dtype]}, signed char>" for rows in ("rows", "channels") for dtype in _FLOATS),
     *(f"quantize_token_{layout}<{_TYPES[dtype]}>" for layout in ("channels", "time") for dtype in _FLOATS),
 )
 
@@ -35,13 +35,17 @@ class Rows(NamedTuple):
     stride: int
 
 
-def quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: Scale) -> torch.Tensor:
     """Any float to int8; see `reference.quantize`. Dense tensors and channel slices keep their axis order."""
+    if isinstance(scale, torch.Tensor):
+        return _convert_channels(x, _FLOATS, torch.int8, scale)
     return _convert(x, _FLOATS, torch.int8, reciprocal(scale))
 
 
-def dequantize(q: torch.Tensor, scale: float) -> torch.Tensor:
+def dequantize(q: torch.Tensor, scale: Scale) -> torch.Tensor:
     """Int8 to float32; see `reference.dequantize`. Dense tensors and channel slices keep their axis order."""
+    if isinstance(scale, torch.Tensor):
+        return _convert_channels(q, (torch.int8,), torch.float32, scale)
     return _convert(q, (torch.int8,), torch.float32, scale)
 
 
@@ -140,6 +144,40 @@ def _convert(
         device=x.device,
     )
     return view.out
+
+
+def _convert_channels(
+    x: torch.Tensor, wanted: tuple[torch.dtype, ...], dtype: torch.dtype, scale: torch.Tensor
+) -> torch.Tensor:
+    """The same with a scale a channel of x (b, c, ...); a row is a token where channels are contiguous."""
+    _require("x", x, wanted)
+    along_channels(scale, x)
+    b, c = x.shape[:2]
+    flat = x.reshape(b, c, -1)
+    tokens = c > 1 and flat.stride(1) == 1
+    view = flat.transpose(1, 2) if tokens else flat
+    _, count, inner = view.shape
+    if (inner > 1 and view.stride(2) != 1) or (b > 1 and count > 1 and not _one_stride(view)):
+        view = view.contiguous()
+    out = torch.empty(view.shape, dtype=dtype, device=x.device)
+    if out.numel():
+        stride = view.stride(1 if count > 1 else 0)
+        vector = inner % 4 == 0 and _aligned(view, stride)
+        launch(
+            SOURCE,
+            f"convert_channels<{_TYPES[x.dtype]}, {_TYPES[dtype]}>",
+            grid=(-(-inner // (4 * _THREADS)), min(b * count, _MAX_GRID_Y), 1),
+            block=(_THREADS, 1, 1),
+            args=[
+                view,
+                out,
+                contiguous("scale", scale),
+                *(np.int64(value) for value in (b * count, inner, stride)),
+                *(np.int32(value) for value in (0 if tokens else c, vector)),
+            ],
+            device=x.device,
+        )
+    return (out.transpose(1, 2) if tokens else out).reshape(x.shape)
 
 
 def _aligned(x: torch.Tensor, *strides: int) -> bool:

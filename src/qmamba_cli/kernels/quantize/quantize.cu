@@ -1,7 +1,7 @@
 // Floats to the int8 grid, from float32 or a half, and back to float32.
 //
-//   quantize            q = saturate(round_half_even(x * inv_scale))
-//   dequantize          x = q * scale
+//   quantize            q = saturate(round_half_even(x * inv_scale)), one scale, or one a channel
+//   dequantize          x = q * scale, likewise
 //   quantize_per_token  scale[b,t] = max(max_c |x[b,c,t]|, 1e-5) / 127, then quantize by its reciprocal
 //
 // Shapes and layout. Elementwise: `rows` rows of `inner` contiguous elements, input rows `stride` elements apart,
@@ -9,6 +9,7 @@
 // or contiguous time, any stride along the other; q is dense in x's order, scale (b, l).
 //
 //   elementwise           a thread takes 4 x 4 elements, a block's width apart; blocks x along a row, y over rows
+//   a scale a channel     the same, a row being a token (scales along it) or a channel (one for it)
 //   per token, channels   block = one token; its threads reduce the row, then read it again (from L1 or L2)
 //   per token, time       block = 32 tokens x 32 threads that share the channels; one reduction in shared memory
 //
@@ -31,14 +32,14 @@ constexpr float QMAX = 127.0f;
 constexpr float MIN_TOKEN_ABSMAX = 1e-5f;
 constexpr int WARP = 32;
 
-__device__ __forceinline__ u32 quantize_four(float4 x, float inv_scale) {
-  return (qm_quantize(x.x, inv_scale) & 0xffu) | (qm_quantize(x.y, inv_scale) & 0xffu) << 8 |
-         (qm_quantize(x.z, inv_scale) & 0xffu) << 16 | (qm_quantize(x.w, inv_scale) & 0xffu) << 24;
+__device__ __forceinline__ u32 quantize_four(float4 x, float4 inv_scale) {
+  return (qm_quantize(x.x, inv_scale.x) & 0xffu) | (qm_quantize(x.y, inv_scale.y) & 0xffu) << 8 |
+         (qm_quantize(x.z, inv_scale.z) & 0xffu) << 16 | (qm_quantize(x.w, inv_scale.w) & 0xffu) << 24;
 }
 
-__device__ __forceinline__ float4 dequantize_four(u32 q, float scale) {
-  return make_float4(qm_i8_to_f32(q) * scale, qm_i8_to_f32(q >> 8) * scale, qm_i8_to_f32(q >> 16) * scale,
-                     qm_i8_to_f32(q >> 24) * scale);
+__device__ __forceinline__ float4 dequantize_four(u32 q, float4 scale) {
+  return make_float4(qm_i8_to_f32(q) * scale.x, qm_i8_to_f32(q >> 8) * scale.y, qm_i8_to_f32(q >> 16) * scale.z,
+                     qm_i8_to_f32(q >> 24) * scale.w);
 }
 
 // One element or four, in either direction. `factor`: inv_scale or scale.
@@ -54,11 +55,15 @@ __device__ __forceinline__ float4 read_four(const In* x) {
   return make_float4(widen(four.value[0]), widen(four.value[1]), widen(four.value[2]), widen(four.value[3]));
 }
 __device__ __forceinline__ u32 read_four(const i8* q) { return *reinterpret_cast<const u32*>(q); }
-__device__ __forceinline__ void write_four(float4 x, i8* q, float factor) {
+__device__ __forceinline__ void write_four(float4 x, i8* q, float4 factor) {
   *reinterpret_cast<u32*>(q) = quantize_four(x, factor);
 }
-__device__ __forceinline__ void write_four(u32 q, float* x, float factor) {
+__device__ __forceinline__ void write_four(u32 q, float* x, float4 factor) {
   *reinterpret_cast<float4*>(x) = dequantize_four(q, factor);
+}
+template <typename In, typename Out>
+__device__ __forceinline__ void write_four(In x, Out* to, float factor) {
+  write_four(x, to, make_float4(factor, factor, factor, factor));
 }
 
 // x: (rows, inner), rows `stride` elements apart. out: (rows, inner), dense. vector: every row of both is aligned to
@@ -88,6 +93,35 @@ __global__ void __launch_bounds__(THREADS)
       } else {
         for (i64 i = at; i < at + 4 && i < inner; ++i) convert(from + i, to + i, factor);
       }
+    }
+  }
+}
+
+// A scale a channel: what a value of the type is multiplied by.
+template <typename In>
+__device__ __forceinline__ float factor_of(const In*, float scale) { return __frcp_rn(scale); }
+__device__ __forceinline__ float factor_of(const i8*, float scale) { return scale; }
+
+// The same with scale[i] along a row of `inner` channels (`channels` is 0), or scale[row % channels] for a whole row.
+template <typename In, typename Out>
+__global__ void __launch_bounds__(THREADS)
+    convert_channels(const In* __restrict__ x, Out* __restrict__ out, const float* __restrict__ scale, i64 rows,
+                     i64 inner, i64 stride, int channels, int vector) {
+  const i64 first = (static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x) * 4;
+  if (first >= inner) return;
+  const bool whole = vector && first + 4 <= inner;
+  float own[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) own[k] = factor_of(x, scale[channels == 0 && first + k < inner ? first + k : 0]);
+#pragma unroll 4
+  for (i64 row = blockIdx.y; row < rows; row += gridDim.y) {
+    const In* from = x + row * stride + first;
+    Out* to = out + row * inner + first;
+    if (channels != 0) own[0] = own[1] = own[2] = own[3] = factor_of(x, scale[row % channels]);
+    if (whole) {
+      write_four(read_four(from), to, make_float4(own[0], own[1], own[2], own[3]));
+    } else {
+      for (int k = 0; k < 4 && first + k < inner; ++k) convert(from + k, to + k, own[k]);
     }
   }
 }

@@ -3,12 +3,12 @@
 import torch
 
 from qmamba_cli.quant import grid
-from qmamba_cli.quant.grid import dequantize
+from qmamba_cli.quant.grid import Scale, dequantize
 
 __all__ = ["dequantize", "quantize", "quantize_per_token"]
 
 
-def quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: Scale) -> torch.Tensor:
     """Float to int8: ``saturate(round_half_even(x * (1 / scale)))``, in float32 whatever x's width.
 
     >>> quantize(torch.tensor([0.5, 1.5, 300.0], dtype=torch.float16), 1.0).tolist()
@@ -16,7 +16,8 @@ def quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
 
     Args:
         x: any shape, float32, float16 or bfloat16, finite.
-        scale: real units a step, finite and > 0.
+        scale: real units a step, finite and > 0: one number, or (c,) float32 with one for each channel of an
+            x (b, c, ...).
 
     Returns:
         int8 of x's shape.

@@ -17,7 +17,7 @@ from qmamba_cli.kernels.selective_scan.reference import (
     out_dtype,
 )
 from qmamba_cli.modes import ScanOrder
-from qmamba_cli.quant.grid import dequantize, reciprocal
+from qmamba_cli.quant.grid import Scale, dequantize, reciprocal
 
 SOURCE = "selective_scan/selective_scan.cu"
 MAX_STATES = 128
@@ -118,7 +118,7 @@ def selective_scan(
     dt_bias: torch.Tensor,
     *,
     order: ScanOrder,
-    u_scale: float | None = None,
+    u_scale: Scale | None = None,
     requantize_u: bool = False,
     dt_scale: float | None = None,
     b_scale: float | None = None,
@@ -142,12 +142,14 @@ def selective_scan(
         ShapeError: a shape, dtype or device is not as in the reference, or n is above 128.
     """
     operands = {"u": u, "dt": dt, "B": B, "C": C, "z": z}
-    scales = {"u": u_scale, "dt": dt_scale, "B": b_scale, "C": c_scale, "z": z_scale}
+    scales: dict[str, Scale | None] = {"u": u_scale, "dt": dt_scale, "B": b_scale, "C": c_scale, "z": z_scale}
     b, d, l = check_operands(u, dt, A, B, C, z, state, state_scale)
     n = A.shape[1]
-    _check_kernel_limits(d, l, n, {"A": A, "D": D, "dt_bias": dt_bias})
+    vectors = {"A": A, "D": D, "dt_bias": dt_bias}
+    vectors |= {"u_scale": u_scale} if isinstance(u_scale, torch.Tensor) else {}
+    _check_kernel_limits(d, l, n, vectors)
     check_scales(operands, scales, requantize_u)
-    _check_devices({**operands, "A": A, "D": D, "dt_bias": dt_bias}, state)
+    _check_devices({**operands, **vectors}, state)
     rows = {name: _rows(x) for name, x in _readable(operands, scales, l, n, requantize_u).items()}
 
     y_dtype = torch.float32 if rows["u"].dtype == torch.int8 else rows["u"].dtype
@@ -163,7 +165,9 @@ def selective_scan(
     config = plan(b, d, l, n, order, types=types, gpu=gpu_of(u.device))
     # The grid of a float u matters only where it is requantized.
     requantized = requantize_u and u.dtype != torch.int8
-    parameters = (contiguous(name, x) for name, x in (("A", A), ("D", D), ("dt_bias", dt_bias)))
+    # Of u's scales only those of a grid that the kernel meets: int8, or one that it rounds to.
+    on_grid = requantized or rows["u"].dtype == torch.int8
+    vectors = {name: contiguous(name, x) for name, x in vectors.items() if name != "u_scale" or on_grid}
     blocks = -(-d // config.channels)
     launch(
         SOURCE,
@@ -172,7 +176,7 @@ def selective_scan(
         block=(config.threads, 1, 1),
         args=[
             *(rows[name] for name in _ROW_ORDER),
-            *parameters,
+            *(vectors.get(name) for name in ("A", "D", "dt_bias", "u_scale")),
             None if state is None else contiguous("state", state),
             new_state,
             chunk_states,
@@ -189,17 +193,20 @@ def selective_scan(
 
 def _scale_arguments(
     rows: dict[str, torch.Tensor],
-    scales: dict[str, float | None],
+    scales: dict[str, Scale | None],
     requantized: bool,
     state_scale: float | None,
 ) -> list[np.float32]:
     """The kernels' scales in order; an inverse scale of zero says that nothing is rounded."""
     steps = {name: scales[name] if x.dtype == torch.int8 else 1.0 for name, x in rows.items()}
-    u_step, u_inverse = (scales["u"], reciprocal(scales["u"] or 0.0)) if requantized else (steps["u"], 0.0)
+    u_step = scales["u"] if requantized else steps["u"]
+    # One a channel is passed as a tensor.
+    u_number = 1.0 if isinstance(u_step, torch.Tensor) else u_step or 0.0
+    u_inverse = reciprocal(u_number) if requantized else 0.0
     state_steps = (1.0, 0.0) if state_scale is None else (state_scale, reciprocal(state_scale))
     return [
         np.float32(x)
-        for x in (u_step, u_inverse, steps["dt"], steps["B"], steps["C"], steps["z"], *state_steps)
+        for x in (u_number, u_inverse, steps["dt"], steps["B"], steps["C"], steps["z"], *state_steps)
     ]
 
 
@@ -318,7 +325,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _readable(
     operands: dict[str, torch.Tensor],
-    scales: dict[str, float | None],
+    scales: dict[str, Scale | None],
     l: int,
     n: int,
     requantize_u: bool,
@@ -338,7 +345,7 @@ def _readable(
     return {name: _widened(x, scales[name]) for name, x in operands.items()}
 
 
-def _widened(x: torch.Tensor, scale: float | None) -> torch.Tensor:
+def _widened(x: torch.Tensor, scale: Scale | None) -> torch.Tensor:
     return x.float() if x.dtype != torch.int8 or scale is None else dequantize(x, scale)
 
 

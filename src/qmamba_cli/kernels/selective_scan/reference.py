@@ -7,7 +7,7 @@ import torch
 
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.modes import ScanOrder
-from qmamba_cli.quant.grid import dequantize, fake_quantize, quantize
+from qmamba_cli.quant.grid import Scale, dequantize, fake_quantize, quantize
 
 # Steps of one chunk of the chunked order; the sequential order takes as many at a time to bound memory.
 # Calibration observes the state at the ends of these chunks.
@@ -45,7 +45,7 @@ def selective_scan(
     dt_bias: torch.Tensor,
     *,
     order: ScanOrder,
-    u_scale: float | None = None,
+    u_scale: Scale | None = None,
     requantize_u: bool = False,
     dt_scale: float | None = None,
     b_scale: float | None = None,
@@ -86,7 +86,8 @@ def selective_scan(
         z: (b, d, l) int8 with ``z_scale``, or float.
         dt_bias: (d,) float32.
         order: chunked or sequential.
-        u_scale: real units a step of an int8 u, or of the grid that a float u is requantized to.
+        u_scale: real units a step of an int8 u, or of the grid that a float u is requantized to: one number,
+            or (d,) float32 with one a channel.
         requantize_u: put a float u on the int8 grid first; needs ``u_scale``.
         dt_scale: real units a step of dt.
         b_scale: real units a step of B.
@@ -178,7 +179,7 @@ def _time_major(x: torch.Tensor) -> torch.Tensor:
     return x.permute(2, 0, 1)
 
 
-def _real(x: torch.Tensor, scale: float | None, requantize: bool = False) -> torch.Tensor:
+def _real(x: torch.Tensor, scale: Scale | None, requantize: bool = False) -> torch.Tensor:
     if scale is not None and x.dtype == torch.int8:
         return dequantize(x, scale)
     return x.float() if scale is None or not requantize else fake_quantize(x.float(), scale)
@@ -200,7 +201,7 @@ def out_dtype(u: torch.Tensor) -> torch.dtype:
 
 
 def check_scales(
-    operands: Mapping[str, torch.Tensor], scales: Mapping[str, float | None], requantize_u: bool
+    operands: Mapping[str, torch.Tensor], scales: Mapping[str, Scale | None], requantize_u: bool
 ) -> None:
     """Check the dtypes of u, dt, B, C and z, and that those that need a scale have one.
 

@@ -79,6 +79,7 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
   // A value whose first use is inside the loop is waited for there, every time, together with whatever is on its way
   // for the next tile; so add zero.
   const float bias = dt_bias[c] + 0.0f, skip_weight = D[c] + 0.0f;
+  const float u_step = u_step_of(u_steps, c, u_scale) + 0.0f, u_inverse = u_inverse_of(u_steps, u_step, u_inv_scale);
 
   Late b_raw[PIECES], c_raw[PIECES];
   auto fetch = [&](int t0, int buffer) {
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
         // Steps behind the end leave the state: their delta is zero, without a branch.
         const float bias_now = t0 + r + g * LPC + q < l ? bias : NO_STEP;
         const int at = run_at + g * LPC * CHANNELS;
-        const float u_now = u_of<U>(load_raw(&shared_u[buffer][at]), u_scale, u_inv_scale);
+        const float u_now = u_of<U>(load_raw(&shared_u[buffer][at]), u_step, u_inverse);
         delta[g] = delta_of(load_raw(&shared_dt[buffer][at]), dt_scale, bias_now);
         driven[g] = delta[g] * u_now * b_scale;
         skip[g] = skip_weight * u_now;
@@ -189,7 +190,8 @@ __global__ void __launch_bounds__(128) selective_scan_step(SCAN_PARAMETERS) {
   const int q = threadIdx.x & (lanes_per_channel - 1), c_own = index / lanes_per_channel;
   const bool live = c_own < d;
   const int c = live ? c_own : d - 1;
-  const float u_now = u_of<U>(load_raw(u + batch * u_batch + c), u_scale, u_inv_scale);
+  const float u_step = u_step_of(u_steps, c, u_scale), u_inverse = u_inverse_of(u_steps, u_step, u_inv_scale);
+  const float u_now = u_of<U>(load_raw(u + batch * u_batch + c), u_step, u_inverse);
   const float delta = delta_of(load_raw(dt + batch * dt_batch + c), dt_scale, dt_bias[c]);
   const float z_now = real_of(load_raw(z + batch * z_batch + c), z_scale);
   const float driven = delta * u_now * b_scale;
