@@ -84,7 +84,7 @@ def block_forward(
 
     # Path A: what x_proj reads.
     path_a = v if v.dtype == torch.int8 or u_scale is None else ops.quantize(v, u_scale)
-    x_dbl = _linear(ops, path_a.transpose(1, 2), weights.x_proj, u_scale, scales.x_proj_output)
+    x_dbl = _linear(ops, path_a.transpose(1, 2), weights.x_proj, scales.x_proj_codes, scales.x_proj_output)
     hook(sites.X_PROJ_OUTPUT, x_dbl)
     rank, n = weights.dt_proj.weight.shape[1], weights.A.shape[1]
     dt_low, B, C = torch.split_with_sizes(x_dbl, [rank, n, n], dim=-1)

@@ -7,6 +7,7 @@ one float block is in memory.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -15,10 +16,13 @@ from qmamba_cli.errors import UsageError
 from qmamba_cli.kernels.linear.packed import PackedInt4
 from qmamba_cli.model.prepare import Load, float_block, rotate_inputs
 from qmamba_cli.model.weights import HALF_DTYPES, BlockWeights, LinearWeights, ModelWeights, SiteScales
+from qmamba_cli.quant.grid import Scale
 from qmamba_cli.quant.packing import pack_int4, pack_uint4, unpack_int4, unpack_uint4
 from qmamba_cli.quant.weights import DEFAULT_GROUP_SIZE, GroupQuantized, quantize_groups, quantize_rows
+from qmamba_cli.sites import X_PROJ_INPUT, site_key
 
 METHODS = ("plain", "best")
+_NO_SCALES: Mapping[str, Scale] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +81,7 @@ def quantized_tensors(
     load: Load,
     recipe: Recipe,
     *,
+    scales: Mapping[str, Scale] = _NO_SCALES,
     blocks: Iterator[Mapping[str, torch.Tensor]] | None = None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -86,13 +91,14 @@ def quantized_tensors(
         config: sizes.
         load: reads a float checkpoint tensor by name.
         recipe: formats.
+        scales: of the activations; the columns of x_proj hold those of u where each channel has one.
         blocks: the tensors of each block in turn, or None for those of `block_tensors`.
         on_layer: called after each block.
     """
     yield from _table("embeddings", load("backbone.embeddings.weight"), recipe)
     for layer in range(config.n_layer):
         if blocks is None:
-            yield from block_tensors(config, load, recipe, layer)
+            yield from block_tensors(config, load, recipe, layer, scales)
         else:
             yield from next(blocks).items()
         on_layer()
@@ -121,9 +127,12 @@ def weight_schemes(config: MambaConfig, recipe: Recipe) -> dict[str, str]:
 
 
 def block_tensors(
-    config: MambaConfig, load: Load, recipe: Recipe, layer: int
+    config: MambaConfig, load: Load, recipe: Recipe, layer: int, scales: Mapping[str, Scale] = _NO_SCALES
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of everything that one block stores, each weight rounded by itself."""
+    """Name and tensor of everything that one block stores, each weight rounded by itself.
+
+    The arguments are those of `quantized_tensors`.
+    """
     block = float_block(config, load, layer)
     prefix = f"layers.{layer}"
     for name, linear in (("in_proj", block.in_proj), ("out_proj", block.out_proj)):
@@ -134,7 +143,11 @@ def block_tensors(
             yield from _row_tensors(module, linear.matrix)
         if linear.bias is not None:
             yield f"{module}.bias", linear.bias
-    yield from _row_tensors(f"{prefix}.x_proj", block.x_proj.matrix)
+    u_scale = scales.get(site_key(X_PROJ_INPUT, layer))
+    x_proj = block.x_proj.matrix
+    yield from _row_tensors(
+        f"{prefix}.x_proj", x_proj * u_scale if isinstance(u_scale, torch.Tensor) else x_proj
+    )
     yield from _row_tensors(f"{prefix}.dt_proj", block.dt_proj.matrix)
     yield f"{prefix}.dt_proj.bias", block.dt_bias
     yield from _row_tensors(f"{prefix}.conv1d", block.conv_weight)
@@ -170,7 +183,7 @@ def _table(module: str, weight: torch.Tensor, recipe: Recipe) -> Iterator[tuple[
 def quantized_model(
     config: MambaConfig,
     tensors: Mapping[str, torch.Tensor],
-    scales: Mapping[str, float],
+    scales: Mapping[str, Scale],
     *,
     group_size: int,
     device: torch.device | None = None,
@@ -184,7 +197,7 @@ def quantized_model(
     Args:
         config: sizes.
         tensors: the file's tensors by name; read one at a time, so a lazy mapping keeps memory low.
-        scales: activation scale of every site key.
+        scales: activation scale of every site key; a tensor where each channel has one.
         group_size: of the W4 matrices.
         device: where each tensor goes as soon as it is read, or None to leave it.
         packed: keep W4 matrices, the embedding and an untied head as they are stored.
@@ -222,7 +235,7 @@ def quantized_model(
 def quantized_block(
     config: MambaConfig,
     tensors: Mapping[str, torch.Tensor],
-    scales: Mapping[str, float],
+    scales: Mapping[str, Scale],
     layer: int,
     *,
     group_size: int,
@@ -243,13 +256,13 @@ class _Reader:
         packed: bool,
     ) -> None:
         self._tensors = tensors
-        self._device = device
+        self.device = device
         self._group_size = group_size
         self._packed = packed
 
     def moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor on the device."""
-        return tensor if self._device is None else tensor.to(self._device)
+        return tensor if self.device is None else tensor.to(self.device)
 
     def get(self, name: str) -> torch.Tensor:
         return self.moved(self._tensors[name])
@@ -289,7 +302,7 @@ class _Reader:
         return self.moved(-torch.exp(self._tensors[f"layers.{layer}.A_log"].to(torch.float32)))
 
 
-def _read_block(config: MambaConfig, read: _Reader, scales: Mapping[str, float], layer: int) -> BlockWeights:
+def _read_block(config: MambaConfig, read: _Reader, scales: Mapping[str, Scale], layer: int) -> BlockWeights:
     prefix = f"layers.{layer}"
     dt_proj = read.linear(f"{prefix}.dt_proj", config.dt_rank)
     bias = dt_proj.bias
@@ -308,7 +321,7 @@ def _read_block(config: MambaConfig, read: _Reader, scales: Mapping[str, float],
         D=read.get(f"{prefix}.D"),
         out_proj=read.linear(f"{prefix}.out_proj", config.d_inner),
         rotated=True,
-        scales=SiteScales.from_sites(scales, layer),
+        scales=SiteScales.from_sites(scales, layer, read.device),
     )
 
 

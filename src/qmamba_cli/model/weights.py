@@ -8,7 +8,9 @@ import torch
 
 from qmamba_cli import sites
 from qmamba_cli.config import MambaConfig
+from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.linear.interleaved import Weight, expanded
+from qmamba_cli.quant.grid import Scale
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -36,27 +38,50 @@ class LinearWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteScales:
-    """Activation scales of one layer, real units a step; all None in the float model."""
+    """Activation scales of one layer, real units a step; all None in the float model.
+
+    ``x_proj_input``, that of u, is one number, or (d,) float32 with one a channel. The columns of x_proj's
+    weight hold the latter, so that the product of the codes needs no scale but that of the row.
+    """
 
     in_proj_input: float | None = None
     in_proj_output: float | None = None
-    x_proj_input: float | None = None
+    x_proj_input: Scale | None = None
     x_proj_output: float | None = None
     dt_proj_output: float | None = None
     ssm_state: float | None = None
     out_proj_input: float | None = None
 
+    @property
+    def x_proj_codes(self) -> float | None:
+        """What a step of x_proj's input counts in its product: u's scale, or 1 where the weight holds it."""
+        return 1.0 if isinstance(self.x_proj_input, torch.Tensor) else self.x_proj_input
+
     @classmethod
-    def from_sites(cls, scales: Mapping[str, float], layer: int) -> "SiteScales":
-        """Scales of one layer out of a calibration's, keyed by `sites.site_key`."""
+    def from_sites(
+        cls, scales: Mapping[str, Scale], layer: int, device: torch.device | None = None
+    ) -> "SiteScales":
+        """Scales of one layer out of a model's, keyed by `sites.site_key`.
+
+        Raises:
+            ShapeError: a site other than ``x_proj:input`` has a scale a channel.
+        """
+
+        def number(site: str) -> float:
+            scale = scales[sites.site_key(site, layer)]
+            if isinstance(scale, torch.Tensor):
+                raise ShapeError(f"`{site}` has {scale.numel()} scales in layer {layer}, expected one")
+            return scale
+
+        u_scale = scales[sites.site_key(sites.X_PROJ_INPUT, layer)]
         return cls(
-            in_proj_input=scales[sites.site_key(sites.IN_PROJ_INPUT, layer)],
-            in_proj_output=scales[sites.site_key(sites.IN_PROJ_OUTPUT, layer)],
-            x_proj_input=scales[sites.site_key(sites.X_PROJ_INPUT, layer)],
-            x_proj_output=scales[sites.site_key(sites.X_PROJ_OUTPUT, layer)],
-            dt_proj_output=scales[sites.site_key(sites.DT_PROJ_OUTPUT, layer)],
-            ssm_state=scales[sites.site_key(sites.SSM_STATE, layer)],
-            out_proj_input=scales[sites.site_key(sites.OUT_PROJ_INPUT, layer)],
+            in_proj_input=number(sites.IN_PROJ_INPUT),
+            in_proj_output=number(sites.IN_PROJ_OUTPUT),
+            x_proj_input=u_scale.to(device) if isinstance(u_scale, torch.Tensor) else u_scale,
+            x_proj_output=number(sites.X_PROJ_OUTPUT),
+            dt_proj_output=number(sites.DT_PROJ_OUTPUT),
+            ssm_state=number(sites.SSM_STATE),
+            out_proj_input=number(sites.OUT_PROJ_INPUT),
         )
 
 

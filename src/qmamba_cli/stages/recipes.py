@@ -189,7 +189,7 @@ class FittedBlocks:
 
     def _block(self, layer: int) -> Mapping[str, torch.Tensor]:
         prefix, site = f"layers.{layer}", sites.site_key(sites.OUT_PROJ_INPUT, layer)
-        tensors = dict(block_tensors(self._config, self._load, self._recipe, layer))
+        tensors = dict(block_tensors(self._config, self._load, self._recipe, layer, self._scales))
         block = on_device(float_block(self._config, self._load, layer), self._backend.device)
         wanted = [self._run(block, "fp", batch)[0] for batch in self._float]
         if self._recipe.projection_bits(f"{prefix}.in_proj") == 4:
