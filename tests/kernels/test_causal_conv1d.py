@@ -102,6 +102,25 @@ def test_int8_equals_the_oracle(backend, torch_rng, l, w, per_token):
     assert_exact("state", same_state.values, state.values)
 
 
+@per_token
+def test_int8_outputs_with_a_scale_a_channel_equal_the_oracle(backend, torch_rng, per_token):
+    case = make(torch_rng, l=70, per_token=per_token)
+    exact = case.oracle()
+    # From all values saturated to all of them zero.
+    steps = torch.logspace(-5, 2, 31)
+    q, _ = case.on(backend, out_scale=steps)
+    row = tolerances.GRID
+    for channel, step in enumerate(steps.tolist()):
+        wanted = oracles.quantize(exact.v[:, channel], step)
+        assert_grid(f"channel {channel}", q[:, channel], wanted, share=row.share, steps=row.steps)
+    assert set(q[:, 0].flatten().tolist()) == {-128, 127} and not q[:, -1].any()
+
+
+def test_a_scale_a_channel_must_fit(torch_rng):
+    with pytest.raises(ShapeError, match=r"one each along axis 1, got torch.float32 \(30,\)"):
+        make(torch_rng).run(out_scale=torch.ones(30))
+
+
 @pytest.mark.parametrize("w", WIDTHS, ids="w{}".format)
 def test_float_equals_the_oracle(backend, torch_rng, w):
     x = torch.randn(2, 31, 65, generator=torch_rng)

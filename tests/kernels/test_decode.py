@@ -14,7 +14,14 @@ from qmamba_cli.kernels.backend import CPU
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.kernels.decode import cuda, plan, reference
 from qmamba_cli.kernels.decode.pack import pack_block
-from qmamba_cli.kernels.decode.samples import SCALES, random_block, random_state, to_device
+from qmamba_cli.kernels.decode.samples import (
+    SCALES,
+    random_block,
+    random_state,
+    to_device,
+    with_channel_columns,
+    with_channel_scales,
+)
 from qmamba_cli.kernels.decode.steps import new_scratch, steps
 from qmamba_cli.kernels.decode.tensors import DecodeColumns, DecodeState, check_tensors, supported
 from qmamba_cli.kernels.decode.unpack import unpack_block, unpack_steps
@@ -44,9 +51,9 @@ def residual_of(batch: int, d_model: int, seed: int = 11) -> torch.Tensor:
     return torch.randn(batch, d_model, generator=torch.Generator().manual_seed(seed))
 
 
-def emulated(emulator, blocks, columns, residual, states, changed=None, tokens=1, **options):
+def emulated(emulator, blocks, columns, residual, states, changed=None, tokens=1, scales=SCALES, **options):
     """Residual and states after some tokens of a model of ``blocks``, from buffers that hold NaN."""
-    packed = [pack_block(tensors, SCALES, columns, norm_eps=EPSILON) for tensors in blocks]
+    packed = [pack_block(tensors, scales, columns, norm_eps=EPSILON) for tensors in blocks]
     batch = residual.shape[0]
     chosen = dataclasses.replace(plan.make_plan(packed[0], batch, **options), **(changed or {}))
     scratch = new_scratch(packed[0], batch, chosen)
@@ -111,6 +118,27 @@ def test_the_kernels_agree_with_the_reference(emulator, mode, batch, sizes, opti
     residual = before.clone()
     reference.decode_block(tensors, SCALES, columns, residual, state, norm_eps=EPSILON)
     assert_same_step(got, got_state, residual, state, before)
+
+
+@pytest.mark.parametrize("mode", ["0", "2-2", "2-4", "3"])
+def test_the_kernels_take_a_scale_for_every_channel_of_u(emulator, small_block, mode):
+    scales, columns = with_channel_scales(SCALES, 512, seed=5), COLUMNS[mode]
+    tensors = dataclasses.replace(small_block, x_proj=with_channel_columns(small_block.x_proj))
+    state = random_state(batch=2, d_inner=512, columns=columns, seed=3)
+    before = residual_of(2, 64)
+    got, (got_state,) = emulated(emulator, [tensors], columns, before, [state], scales=scales)
+    one_scale, _ = emulated(emulator, [tensors], columns, before, [state])
+    residual = before.clone()
+    reference.decode_block(tensors, scales, columns, residual, state, norm_eps=EPSILON)
+    assert_same_step(got, got_state, residual, state, before)
+    assert float((got - one_scale).norm() / (got - before).norm()) > 1e-3, "the scales must show"
+
+
+def test_scales_of_another_width_are_refused(small_block):
+    with pytest.raises(
+        ShapeError, match=r"`x_proj_input` is torch.float32 \(256,\), expected float32 \(512,\)"
+    ):
+        pack_block(small_block, with_channel_scales(SCALES, 256, seed=5), COLUMNS["0"], norm_eps=EPSILON)
 
 
 MODELS = {

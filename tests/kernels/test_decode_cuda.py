@@ -10,7 +10,14 @@ from close import assert_close, assert_exact, assert_grid
 from qmamba_cli.kernels.decode import cuda, reference
 from qmamba_cli.kernels.decode.pack import pack_block
 from qmamba_cli.kernels.decode.plan import make_plan
-from qmamba_cli.kernels.decode.samples import SCALES, random_block, random_state, to_device
+from qmamba_cli.kernels.decode.samples import (
+    SCALES,
+    random_block,
+    random_state,
+    to_device,
+    with_channel_columns,
+    with_channel_scales,
+)
 from qmamba_cli.kernels.decode.tensors import DecodeColumns
 from qmamba_cli.kernels.decode.unpack import unpack_block
 from qmamba_cli.modes import MODES
@@ -52,10 +59,13 @@ def assert_same_step(got, got_state, residual, state, before):
     assert relative(got.cpu() - before, residual - before) < FLIPPED
 
 
-def one_step(name, mode, w_bits, batch, **options):
-    sizes, columns = SHAPES[name], COLUMNS[mode]
+def one_step(name, mode, w_bits, batch, by_channel=False, **options):
+    sizes, columns, scales = SHAPES[name], COLUMNS[mode], SCALES
     tensors = random_block(w_bits=w_bits, seed=2, **sizes)
-    packed = pack_block(to_device(tensors, "cuda"), SCALES, columns, norm_eps=EPSILON)
+    if by_channel:
+        scales = with_channel_scales(SCALES, sizes["d_inner"], seed=7)
+        tensors = dataclasses.replace(tensors, x_proj=with_channel_columns(tensors.x_proj))
+    packed = pack_block(to_device(tensors, "cuda"), to_device(scales, "cuda"), columns, norm_eps=EPSILON)
     state = random_state(
         batch=batch, d_inner=sizes["d_inner"], columns=columns, seed=3, d_conv=sizes.get("d_conv", 4)
     )
@@ -64,7 +74,7 @@ def one_step(name, mode, w_bits, batch, **options):
     scratch = cuda.make_scratch(packed, batch, chosen)
     got, got_state, before = residual.cuda(), to_device(state, "cuda"), residual.clone()
     cuda.decode_block(packed, got, got_state, scratch, plan=chosen)
-    reference.decode_block(tensors, SCALES, columns, residual, state, norm_eps=EPSILON)
+    reference.decode_block(tensors, scales, columns, residual, state, norm_eps=EPSILON)
     assert_same_step(got, got_state, residual, state, before)
     assert not scratch.x_sums.any()
     return got, got_state
@@ -76,6 +86,13 @@ def one_step(name, mode, w_bits, batch, **options):
 @pytest.mark.parametrize("name", ["smallest", "130m"])
 def test_every_column_and_batch(name, mode, w_bits, batch):
     one_step(name, mode, w_bits, batch)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("mode", COLUMNS)
+@pytest.mark.parametrize("name", ["demo", "130m", "odd"])
+def test_a_scale_for_every_channel_of_u(name, mode, batch):
+    one_step(name, mode, 4, batch, by_channel=True)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -96,6 +96,22 @@ def test_elementwise_is_exact(poisoned_memory, torch_rng, shape, layout):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}-{0[1]}-{0[2]}".format)
+def test_a_scale_a_channel_is_exact(poisoned_memory, torch_rng, shape, layout, dtype):
+    x = values(torch_rng, shape).to(dtype)
+    scale = torch.rand(shape[1], generator=torch_rng) + 0.01
+    q = cuda.quantize(lay_out(x.to(DEVICE), layout), scale.to(DEVICE))
+    wanted = reference.quantize(x, scale)
+    assert_exact("quantize", q.cpu(), wanted)
+    back = cuda.dequantize(lay_out(wanted.to(DEVICE), layout), scale.to(DEVICE))
+    assert_exact("dequantize", back.cpu(), reference.dequantize(wanted, scale))
+    flat = cuda.quantize(x[:, :, 0].to(DEVICE), scale.to(DEVICE))
+    assert_exact("quantize (b, d)", flat.cpu(), wanted[:, :, 0])
+
+
+@gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}-{0[1]}-{0[2]}".format)
 def test_per_token_is_exact(poisoned_memory, torch_rng, shape, layout):
@@ -148,6 +164,7 @@ def test_layouts_are_kept(torch_rng):
         laid = lay_out(x, layout)
         for out in (cuda.quantize(laid, 0.5), cuda.quantize_per_token(laid)[0]):
             assert out.transpose(1, 2).is_contiguous()
+        assert cuda.quantize(laid, torch.ones(24, device=DEVICE)).transpose(1, 2).is_contiguous()
     assert cuda.quantize(x, 0.5).is_contiguous() and cuda.quantize_per_token(x)[0].is_contiguous()
 
 

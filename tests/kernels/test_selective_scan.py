@@ -98,6 +98,31 @@ def test_equals_the_oracle(backend, torch_rng, order, int8, l):
 
 
 @both_orders
+@pytest.mark.parametrize("l", [1, 65, 300], ids="l{}".format)
+@pytest.mark.parametrize("requantize", [False, True], ids=["int8", "requantized"])
+def test_a_scale_a_channel_of_u(backend, torch_rng, order, l, requantize):
+    case = make(torch_rng, l=l)
+    steps = torch.logspace(-3, -1, 5)
+    real = dequantize(case.u, steps)
+    handed = real + 0.4 * steps.unsqueeze(1) if requantize else case.u
+    got = case._replace(u=handed).on(backend, order, u_scale=steps, requantize_u=requantize)
+    exact = oracles.selective_scan(*case.real()._replace(u=real.double()))
+    assert_scan(got, exact)
+    # Equal scales are one scale, bit for bit.
+    one, each = (
+        case._replace(u=handed).on(backend, order, u_scale=scale, requantize_u=requantize)
+        for scale in (0.02, torch.full((5,), 0.02))
+    )
+    assert_exact("y", each.y, one.y)
+    assert_exact("state", each.state, one.state)
+
+
+def test_a_scale_a_channel_must_fit(torch_rng):
+    with pytest.raises(ShapeError, match=r"one each along axis 1, got torch.float32 \(4,\)"):
+        make(torch_rng).run(ScanOrder.CHUNKED, u_scale=torch.ones(4))
+
+
+@both_orders
 @pytest.mark.parametrize("n", [1, 8, 16, 64], ids="n{}".format)
 @pytest.mark.parametrize("d", [1, 31], ids="d{}".format)
 def test_any_number_of_channels_and_states(backend, torch_rng, order, d, n):

@@ -33,6 +33,19 @@ def small() -> Subject:
     )
 
 
-@pytest.fixture(params=["small", "demo"])
+@pytest.fixture(scope="session")
+def by_channel() -> Subject:
+    """Like `small`, with a scale for every channel of u."""
+    config = small_config(d_model=48, proj_bias=True, tie_embeddings=False)
+    return make_subject(
+        config,
+        random_checkpoint(config, seed=3),
+        calibration=random_ids(64, 4, 140, seed=4),
+        ids=random_ids(64, 2, 150, seed=5),
+        by_channel=True,
+    )
+
+
+@pytest.fixture(params=["small", "demo", "by_channel"])
 def subject(request: pytest.FixtureRequest) -> Subject:
     return request.getfixturevalue(request.param)

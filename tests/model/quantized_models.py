@@ -13,7 +13,9 @@ from qmamba_cli.model.prepare import float_model
 from qmamba_cli.model.quantize import Recipe, quantized_model, quantized_tensors
 from qmamba_cli.model.weights import ModelWeights
 from qmamba_cli.modes import MODES, Mode
+from qmamba_cli.quant.grid import Scale
 from qmamba_cli.quant.observers import ObserverSet
+from qmamba_cli.sites import X_PROJ_INPUT
 
 ALPHA = 0.9995
 
@@ -26,7 +28,7 @@ class Subject:
     tensors: Mapping[str, torch.Tensor]
     rotated: ModelWeights
     quantized: ModelWeights
-    scales: Mapping[str, float]
+    scales: Mapping[str, Scale]
     ids: torch.Tensor
 
     def weights(self, mode: Mode) -> ModelWeights:
@@ -44,9 +46,12 @@ def make_subject(
     calibration: torch.Tensor,
     ids: torch.Tensor,
     recipe: Recipe | None = None,
+    by_channel: bool = False,
 ) -> Subject:
     rotated = float_model(config, tensors.__getitem__)
     scales = observed_scales(rotated, calibration)
+    if by_channel:
+        scales |= observed_channel_scales(rotated, calibration)
     return Subject(
         config=config,
         tensors=tensors,
@@ -57,16 +62,28 @@ def make_subject(
     )
 
 
-def observed_scales(rotated: ModelWeights, ids: torch.Tensor) -> dict[str, float]:
+def observed_channel_scales(rotated: ModelWeights, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A scale a channel of u, of which the largest values of every channel clip."""
+    found: dict[str, torch.Tensor] = {}
+
+    def observe(key: str, tensor: torch.Tensor) -> None:
+        if key.endswith(X_PROJ_INPUT):
+            found[key] = (tensor.abs().amax(dim=(0, 2)) * (0.98 / 127)).clamp_min(1e-6)
+
+    Mamba(rotated, MODES["fp"], CPU).forward(ids, hook=observe)
+    return found
+
+
+def observed_scales(rotated: ModelWeights, ids: torch.Tensor) -> dict[str, Scale]:
     observers = ObserverSet(rotated.config.n_layer, alpha=ALPHA)
     Mamba(rotated, MODES["fp"], CPU).forward(ids, hook=observers.observe)
-    return observers.scales()
+    return dict(observers.scales())
 
 
 def quantize(
-    config: MambaConfig, tensors: Mapping[str, torch.Tensor], scales: Mapping[str, float], recipe: Recipe
+    config: MambaConfig, tensors: Mapping[str, torch.Tensor], scales: Mapping[str, Scale], recipe: Recipe
 ) -> ModelWeights:
-    stored = dict(quantized_tensors(config, tensors.__getitem__, recipe))
+    stored = dict(quantized_tensors(config, tensors.__getitem__, recipe, scales=scales))
     return quantized_model(config, stored, scales, group_size=recipe.group_size)
 
 

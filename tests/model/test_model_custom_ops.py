@@ -20,14 +20,15 @@ from qmamba_cli.modes import MODES
 each_mode = pytest.mark.parametrize("mode", list(MODES))
 
 
-@pytest.fixture(scope="module")
-def subject() -> Subject:
+@pytest.fixture(scope="module", params=[False, True], ids=["one scale of u", "one a channel"])
+def subject(request: pytest.FixtureRequest) -> Subject:
     config = small_config(d_model=48, proj_bias=True)
     return make_subject(
         config,
         random_checkpoint(config, seed=3),
         calibration=random_ids(64, 2, 40, seed=4),
         ids=random_ids(64, 2, 9, seed=5),
+        by_channel=request.param,
     )
 
 
@@ -88,7 +89,9 @@ def test_every_call_of_a_model_passes_torchs_own_check(subject: Subject, mode: s
 
 def test_packed_weights_and_whole_tables_go_through(subject: Subject) -> None:
     recipe = Recipe(w_bits=4, group_size=20)
-    stored = dict(quantized_tensors(subject.config, subject.tensors.__getitem__, recipe))
+    stored = dict(
+        quantized_tensors(subject.config, subject.tensors.__getitem__, recipe, scales=subject.scales)
+    )
     packed = quantized_model(subject.config, stored, subject.scales, group_size=20, packed=True)
     plain, wrapped = (Mamba(packed, MODES["3"], ops) for ops in (CPU, as_custom_ops(CPU)))
     hidden, _ = plain.forward(subject.ids)

@@ -115,13 +115,14 @@ def test_true_u_is_half_a_step_from_the_grid_or_clipped(subject, shrink):
             )
             u[name] = recorder.calls[0][0][0].double()
         true, on_grid = u["2-4"], u["2-2"]
+        scale = torch.as_tensor(scale).double().view(-1, 1)
         low, high = -128 * scale, 127 * scale
         inside = (true >= low - scale / 2) & (true <= high + scale / 2)
-        assert inside.double().mean() > 0.9
+        assert inside.double().mean() > 0.8
         # Half a step, and the rounding of the product with the reciprocal.
         error = (on_grid - true).abs()
         assert bool((error <= scale / 2 + 2 * EPS * true.abs())[inside].all())
-        assert float(error[inside].max()) > 0.49 * scale, "the bound is reached"
+        assert float((error / scale)[inside].max()) > 0.49, "the bound is reached"
         beyond = ~inside
         assert beyond.any() or shrink == 1.0, "some values must clip"
         ends = torch.where(true > 0, high, low)

@@ -11,7 +11,7 @@ from qmamba_cli.kernels.decode.tensors import BlockTensors, DecodeColumns, Decod
 from qmamba_cli.quant.weights import GroupQuantized, RowQuantized
 
 _STATES = 16
-T = TypeVar("T", BlockTensors, DecodeState)
+T = TypeVar("T", BlockTensors, DecodeScales, DecodeState)
 # Standard deviation of uniform int8 codes, and of code times multiplier.
 _STEPS_W8 = 73.6
 _STEPS_W4 = 42.0
@@ -93,6 +93,17 @@ def random_block(
     )
 
 
+def with_channel_scales(scales: DecodeScales, d_inner: int, *, seed: int) -> DecodeScales:
+    """The same with a scale for every channel of u, a half to one and a half of its own."""
+    rng = torch.Generator().manual_seed(seed)
+    return replace(scales, x_proj_input=(torch.rand(d_inner, generator=rng) + 0.5) * scales.x_proj_input)
+
+
+def with_channel_columns(x_proj: RowQuantized) -> RowQuantized:
+    """x_proj as it is stored beside such scales, for activations of the same size."""
+    return replace(x_proj, scale=x_proj.scale * SCALES.x_proj_input)
+
+
 def random_state(
     *,
     batch: int,
@@ -120,7 +131,7 @@ def random_state(
 
 
 def to_device(value: T, device: torch.device | str) -> T:
-    """A copy of a block or a state with every tensor on ``device``."""
+    """A copy of a block, scales or a state with every tensor on ``device``."""
     moved: T = _moved(value, device)
     return moved
 
