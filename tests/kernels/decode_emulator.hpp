@@ -208,6 +208,7 @@ T load_fresh(const T* p) {
   return *p;
 }
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
 
 struct Operands { unsigned int top_0, low_0, top_1, low_1, b_0, b_1; };
 inline void multiply_i8(int (&sums)[4], unsigned int top_0, unsigned int low_0, unsigned int top_1, unsigned int low_1,

@@ -184,7 +184,7 @@ def test_very_long_sequences_fit_the_grid(cut):
 
 
 def test_entries_are_distinct():
-    assert len(set(cuda.ENTRIES)) == len(cuda.ENTRIES) == 13
+    assert len(set(cuda.ENTRIES)) == len(cuda.ENTRIES) == 15
 
 
 def test_a_cpu_tensor_is_refused():

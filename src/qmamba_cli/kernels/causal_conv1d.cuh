@@ -42,10 +42,17 @@ __device__ __forceinline__ u32 pack_saturated(const int (&q)[4]) {
   return all;
 }
 
+// out_scale * log2(e) of four channels: EACH its own, or one for all, in one register.
+template <bool EACH>
+struct Steps {
+  float value[EACH ? 4 : 1];
+  __device__ __forceinline__ float operator[](int j) const { return value[EACH ? j : 0]; }
+};
+
 // Four values of t = -a * log2(e) to silu(a) / out_scale as int8; steps = out_scale * log2(e), so that
 // -t * sigmoid / steps is what is wanted and the scale costs nothing: it is a factor of p.
-template <bool BOUNDED>
-__device__ __forceinline__ u32 silu_quantized(const float (&exponents)[4], const float (&steps)[4]) {
+template <bool BOUNDED, bool EACH>
+__device__ __forceinline__ u32 silu_quantized(const float (&exponents)[4], const Steps<EACH>& steps) {
   float t[4], p[4];
   int q[4];
 #pragma unroll
@@ -253,18 +260,18 @@ __device__ __forceinline__ void store_four(const Raw<Out>& four, Out* to, int le
 }
 
 // Four sums to four outputs. scale and bias are those of a, or of t = -a * log2(e) for int8 (`for_output`).
-template <bool BOUNDED>
+template <bool BOUNDED, bool EACH>
 __device__ __forceinline__ void finish(const float (&sum)[4], const float (&scale)[4], const float (&bias)[4],
-                                       const float (&steps)[4], Raw<i8>& out) {
+                                       const Steps<EACH>& steps, Raw<i8>& out) {
   float t[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) t[k] = fmaf(sum[k], scale[k], bias[k]);
   out.bits = silu_quantized<BOUNDED>(t, steps);
 }
 
-template <bool BOUNDED, typename Out>
+template <bool BOUNDED, bool EACH, typename Out>
 __device__ __forceinline__ void finish(const float (&sum)[4], const float (&scale)[4], const float (&bias)[4],
-                                       const float (&)[4], Raw<Out>& out) {
+                                       const Steps<EACH>&, Raw<Out>& out) {
   Out four[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) narrow(silu(fmaf(sum[k], scale[k], bias[k])), four[k]);
@@ -278,7 +285,7 @@ __device__ __forceinline__ float for_output(float value) {
 
 // What a thread of the channel-contiguous kernels knows about four of its channels.
 struct Quad {
-  float scale[4], bias[4], steps[4];
+  float scale[4], bias[4];
 
   __device__ __forceinline__ void load(const float* weight_scale, const float* biases, float x_scale, int c, int d) {
     const Raw<float> scales = four_or_else(weight_scale, c, d, 1.0f), offsets = four_or_else(biases, c, d, 0.0f);
@@ -287,13 +294,6 @@ struct Quad {
       scale[j] = scales[j] * x_scale;
       bias[j] = offsets[j];
     }
-  }
-
-  // Those of the outputs: a scale a channel, or `step` where there are none.
-  __device__ __forceinline__ void load_steps(const float* out_scale, float step, int c, int d) {
-    const Raw<float> scales = four_or_else(out_scale, c, d, 1.0f);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) steps[j] = out_scale == nullptr ? step : scales[j] * LOG2E;
   }
 
   // Whether exp2 could overflow for a sum of int8 products.
@@ -324,13 +324,13 @@ struct Windows {
     for (int j = 0; j < 4; ++j) four[j] = __byte_perm(four[j], row, 0x0321 + ((4 + j) << 12));
   }
 
-  template <typename Out, bool BOUNDED>
-  __device__ __forceinline__ Raw<Out> output(const u32 (&taps)[4], const Quad& quad) const {
+  template <typename Out, bool BOUNDED, bool EACH>
+  __device__ __forceinline__ Raw<Out> output(const u32 (&taps)[4], const Quad& quad, const Steps<EACH>& steps) const {
     float sum[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum[j] = dot(four[j], taps[j]);
     Raw<Out> out;
-    finish<BOUNDED>(sum, quad.scale, quad.bias, quad.steps, out);
+    finish<BOUNDED>(sum, quad.scale, quad.bias, steps, out);
     return out;
   }
 

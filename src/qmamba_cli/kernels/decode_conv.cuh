@@ -6,7 +6,7 @@
 __global__ void __launch_bounds__(256)
     decode_conv(const float* x,              // (tokens, 128, hk)
                 const float* x_absmax,       // (tokens, 128)
-                const uint4* constants,      // (128, 9, hk) words, as for decode_in
+                const uint4* constants,      // (128, 8, hk) words, as for decode_in
                 const uint4* x_weight,       // (128, hk / 4, x_rows) words
                 signed char* history,        // (tokens, d_inner, taps - 1)
                 const float* history_scale,  // (tokens, taps - 1)
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(256)
   __syncthreads();
   const int* conv_taps = reinterpret_cast<const int*>(shared_constants + 4 * hk);
   const float *conv_scale = shared_constants + 5 * hk, *conv_bias = conv_scale + hk;
-  const UGrid grid{conv_bias + hk, conv_bias + 2 * hk, true_u};
+  const UGrid grid{conv_bias + hk, true_u};
   for (int item = threadIdx.x; item < tokens * hk; item += blockDim.x) {
     const int token = token_of(item, hk, tokens), i = item - token * hk;
     const float* scale = scales + token * 4;

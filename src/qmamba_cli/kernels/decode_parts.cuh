@@ -5,9 +5,8 @@
 constexpr int BLOCKS = 128;  // block j owns the channels j, j + 128, j + 256, ...
 constexpr int STATES = 16;   // of a channel
 constexpr unsigned int ALL_LANES = 0xffffffffu;
-// Words a channel in the constants of decode_in: 2 x row scale, 2 x row bias, taps, conv scale, conv bias, u's scale,
-// its inverse.
-constexpr int IN_CONSTANTS = 9;
+// Words a channel in the constants of decode_in: 2 x row scale, 2 x row bias, taps, conv scale, conv bias, u's scale.
+constexpr int IN_CONSTANTS = 8;
 // Vectors that a thread keeps in registers between the sum of squares and the product.
 constexpr int KEPT = 2;
 
@@ -153,7 +152,7 @@ __device__ __forceinline__ void project(const unsigned int* weight, const signed
 
 // How SiLU's output becomes u: q = quantize(v), and for the scan v itself (true_u) or q's value; a scale a channel.
 struct UGrid {
-  const float *scale, *inv_scale;
+  const float* scale;
   int true_u;
 };
 
@@ -161,7 +160,7 @@ struct UGrid {
 __device__ __forceinline__ void hand_on_u(float a, const UGrid& grid, signed char* codes, float* u_gate, int token,
                                           int i, int hk) {
   const float v = qm_silu(a);
-  const signed char code = qm_quantize(v, grid.inv_scale[i]);
+  const signed char code = qm_quantize(v, __frcp_rn(grid.scale[i]));
   codes[token * hk + i] = code;
   u_gate[(token * BLOCKS + blockIdx.x) * 2 * hk + i] = grid.true_u ? v : qm_dequantize(code, grid.scale[i]);
 }

@@ -17,6 +17,8 @@ QMIN = -128
 QMAX = 127
 # Smallest scale: keeps the reciprocal of an all-zero tensor's scale finite.
 MIN_SCALE = 1e-8
+# Bounds of a scale that is one of many of a tensor, within which kernels may round in their last fma.
+CHANNEL_SCALES = (1e-6, 1e4)
 # Smallest absmax of one token under dynamic quantization.
 MIN_TOKEN_ABSMAX = 1e-5
 

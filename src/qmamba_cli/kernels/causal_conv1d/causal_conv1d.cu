@@ -42,12 +42,11 @@ constexpr int GROUP = 4;
 template <typename Out, bool BOUNDED>
 __device__ __forceinline__ Raw<Out> dot_row(u32 before, u32 now, u32 taps, float scale, float bias, float step) {
   const float scales[4] = {scale, scale, scale, scale}, biases[4] = {bias, bias, bias, bias};
-  const float steps[4] = {step, step, step, step};
   float sum[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) sum[k] = window_dot(before, now, taps, k);
   Raw<Out> four;
-  finish<BOUNDED>(sum, scales, biases, steps, four);
+  finish<BOUNDED>(sum, scales, biases, Steps<false>{step}, four);
   return four;
 }
 
@@ -136,17 +135,31 @@ __global__ void __launch_bounds__(THREADS, 10)
   }
 }
 
-// The windows of 4 * QUADS channels and what turns them into outputs.
-template <int QUADS>
+// The windows of 4 * QUADS channels and what turns them into outputs. EACH: every channel has its own scale.
+template <int QUADS, bool EACH>
 struct Channels {
   Windows windows[QUADS];
   u32 taps[QUADS][4];
   Quad quads[QUADS];
+  Steps<EACH> steps[QUADS];
+
+  __device__ __forceinline__ void load_steps(const float* out_scale, float step, int c, int d) {
+#pragma unroll
+    for (int i = 0; i < QUADS; ++i) {
+      if constexpr (EACH) {
+        const Raw<float> scales = four_or_else(out_scale, c + 4 * i, d, 1.0f);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) steps[i].value[j] = scales[j] * LOG2E;
+      } else {
+        steps[i].value[0] = step;
+      }
+    }
+  }
 
   template <typename Out, bool BOUNDED>
   __device__ __forceinline__ void output(Raw<Out> (&fours)[QUADS]) const {
 #pragma unroll
-    for (int i = 0; i < QUADS; ++i) fours[i] = windows[i].template output<Out, BOUNDED>(taps[i], quads[i]);
+    for (int i = 0; i < QUADS; ++i) fours[i] = windows[i].template output<Out, BOUNDED>(taps[i], quads[i], steps[i]);
   }
 
   // The steps before t; those before the call come from the state.
@@ -171,8 +184,8 @@ struct Channels {
 };
 
 // Steps t to end of a thread's channels. whole: all of them exist and are aligned in x and out.
-template <typename Out, bool BOUNDED, int QUADS>
-__device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channels<QUADS>& own, Out* out, int c, int t,
+template <typename Out, bool BOUNDED, int QUADS, bool EACH>
+__device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channels<QUADS, EACH>& own, Out* out, int c, int t,
                                             int end, bool whole) {
   Out* to = out + static_cast<i64>(t) * x.d + c;
   Raw<Out> fours[QUADS];
@@ -210,7 +223,7 @@ __device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channel
 
 // The same, channels contiguous. x: (l, d) a sequence. span: steps a thread, a multiple of 4. load_vector,
 // store_vector: rows are aligned to 4 * QUADS elements, and less than 2^32 bytes apart.
-template <typename Out, int QUADS>
+template <typename Out, int QUADS, bool EACH>
 __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 6)
     causal_conv1d_static_channels(const i8* __restrict__ x, const i8* __restrict__ weight,
                                   const float* __restrict__ weight_scale, const float* __restrict__ bias,
@@ -225,8 +238,9 @@ __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 6)
   const auto seq = sequence<true>(x, batch_stride, stride, state, state_out, d, l, w);
   const bool whole = load_vector && store_vector && c + 4 * QUADS <= d;
   Out* rows_out = out + static_cast<i64>(blockIdx.z) * l * d;
-  Channels<QUADS> own = {};
+  Channels<QUADS, EACH> own = {};
   own.load_past(seq, c, t, whole);
+  own.load_steps(out_scale, step, c, d);
   bool large = false;
 #pragma unroll
   for (int i = 0; i < QUADS; ++i) {
@@ -234,7 +248,6 @@ __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 6)
 #pragma unroll
     for (int j = 0; j < 4; ++j) own.taps[i][j] = packed_taps(weight, min(first + j, d - 1), w);
     own.quads[i].load(weight_scale, bias, x_scale, first, d);
-    own.quads[i].load_steps(out_scale, step, first, d);
     large |= own.quads[i].large();
     own.quads[i].template convert<Out>();
   }
@@ -284,7 +297,7 @@ __global__ void __launch_bounds__(THREADS, 8)
       biases[i] = or_else(bias, c, 0.0f);
     }
     Raw<Out> four;
-    finish<true>(sum, scale, biases, scale, four);
+    finish<true>(sum, scale, biases, Steps<false>{}, four);
     store_four(four, out + (static_cast<i64>(blockIdx.z) * d + c) * l + t, l - t, store_vector);
     if (t + 4 >= l) seq.store_state(c);
   }
@@ -314,7 +327,7 @@ struct RealChannels {
       sum[j] = fmaf(window[k][j], taps[3][j], sum[j]);
     }
     Raw<Out> out;
-    finish<true>(sum, quad.scale, quad.bias, quad.steps, out);
+    finish<true>(sum, quad.scale, quad.bias, Steps<false>{}, out);
     return out;
   }
 

@@ -9,15 +9,17 @@ from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels._launch import Arg, contiguous, launch, require_cuda, sm_count
 from qmamba_cli.kernels.causal_conv1d.reference import HALVES, ConvState, check_operands
 from qmamba_cli.kernels.quantize.cuda import quantize
-from qmamba_cli.quant.grid import Scale, reciprocal
+from qmamba_cli.quant.grid import CHANNEL_SCALES, Scale, reciprocal
 
 SOURCE = "causal_conv1d/causal_conv1d.cu"
 _C_NAMES = {torch.int8: "signed char", torch.float32: "float", torch.float16: "F16", torch.bfloat16: "BF16"}
 _REAL_PAIRS = ("signed char, float", "float, float", "F16, F16", "BF16, BF16")
+_BOOLS = ("false", "true")
 
 ENTRIES = (
     *(f"causal_conv1d_static<{out}>" for out in ("signed char", "float")),
-    *(f"causal_conv1d_static_channels<{out}>" for out in ("signed char, 1", "signed char, 2", "float, 1")),
+    *(f"causal_conv1d_static_channels<signed char, {quads}, {each}>" for quads in (1, 2) for each in _BOOLS),
+    "causal_conv1d_static_channels<float, 1, false>",
     *(f"causal_conv1d_real{layout}<{pair}>" for layout in ("", "_channels") for pair in _REAL_PAIRS),
 )
 
@@ -35,8 +37,6 @@ _START_STEPS = 4
 # Shorter sequences are not worth eight channels a thread.
 _WIDE_MIN_STEPS = 64
 _MAX_GRID_Y = 65535
-# Where the fused rounding holds; see the limits in the kernel's header.
-_FUSED_OUT_SCALES = (1e-6, 1e4)
 _LOG2_E = 1.4426950408889634
 
 
@@ -142,7 +142,7 @@ def _fused(out_scale: Scale) -> bool:
     if isinstance(out_scale, torch.Tensor):
         return True
     reciprocal(out_scale)
-    return _FUSED_OUT_SCALES[0] <= out_scale <= _FUSED_OUT_SCALES[1]
+    return CHANNEL_SCALES[0] <= out_scale <= CHANNEL_SCALES[1]
 
 
 def convolve(
@@ -203,7 +203,7 @@ def convolve(
             _vector("state.scale", held, (b, w - 1), device),
             new_state.scale,
         ]
-    entry = _entry(x.dtype, out_dtype, channels, static, config.quads)
+    entry = _entry(x.dtype, out_dtype, channels, static, config.quads, of_channels is not None)
     launch(SOURCE, entry, grid=config.grid, block=config.block, args=args, device=device)
     return out, new_state
 
@@ -219,11 +219,14 @@ def _outputs(
     return dense.transpose(1, 2) if channels else dense, ConvState(held, scale)
 
 
-def _entry(dtype: torch.dtype, out_dtype: torch.dtype, channels: bool, static: bool, quads: int) -> str:
+def _entry(
+    dtype: torch.dtype, out_dtype: torch.dtype, channels: bool, static: bool, quads: int, each: bool
+) -> str:
     layout = "_channels" if channels else ""
     if not static:
         return f"causal_conv1d_real{layout}<{_C_NAMES[dtype]}, {_C_NAMES[out_dtype]}>"
-    return f"causal_conv1d_static{layout}<{_C_NAMES[out_dtype]}{f', {quads}' if channels else ''}>"
+    arguments = f", {quads}, {_BOOLS[each]}" if channels else ""
+    return f"causal_conv1d_static{layout}<{_C_NAMES[out_dtype]}{arguments}>"
 
 
 def _config(x: torch.Tensor, channels: bool, static: bool, out_dtype: torch.dtype) -> LaunchConfig:

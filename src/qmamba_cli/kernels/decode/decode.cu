@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
               const float* squares,            // (tokens, 128) of decode_out, or null
               const uint4* weight,             // (128, tiles, units, 16 rows, 64 bytes)
               const uint4* multipliers,        // (128, tiles, units, 1 or 4, 16) bytes; null for W8
-              const uint4* constants,          // (128, 9, hk) words
+              const uint4* constants,          // (128, 8, hk) words
               const uint4* x_weight,           // (128, hk / 4, x_rows) words of 4 channels
               signed char* history,            // (tokens, d_inner, taps - 1)
               float* u_gate,                   // (tokens, 128, 2, hk) out
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
   const float *row_scale = shared_constants, *row_bias = row_scale + rows, *conv_scale = row_bias + rows + hk;
   const float* conv_bias = conv_scale + hk;
   const int* conv_taps = reinterpret_cast<const int*>(row_bias + rows);
-  const UGrid grid{conv_bias + hk, conv_bias + 2 * hk, true_u};
+  const UGrid grid{conv_bias + hk, true_u};
   for (int item = threadIdx.x; item < tokens * rows; item += blockDim.x) {
     const int token = token_of(item, rows, tokens), row = item - token * rows;
     const float value = static_cast<float>(totals[item]) * row_scale[row] + row_bias[row];

@@ -60,8 +60,8 @@ class PackedBlock:
         norm_eps: epsilon of the RMSNorm.
         in_proj: packed.
         out_proj: packed.
-        in_constants: (128, 9, hk) int32 words: row scale and bias of x, z; taps; conv scale; conv bias; u's
-            scale and its reciprocal.
+        in_constants: (128, 8, hk) int32 words: row scale and bias of x, z; taps; conv scale; conv bias; u's
+            scale.
         out_constants: (128, 2, rows) float32: row scale, row bias.
         x_weight: (128, hk / 4, x_rows, 4) int8.
         x_factor: (x_rows,) float32, real units a step of x_proj's sums.
@@ -227,7 +227,7 @@ def _pieces(codes: torch.Tensor, units: int, bits: int) -> torch.Tensor:
 def _in_constants(
     tensors: BlockTensors, scales: DecodeScales, columns: DecodeColumns, d_inner: int
 ) -> torch.Tensor:
-    """(128, 9, hk) int32 words."""
+    """(128, 8, hk) int32 words."""
     row_scale = tensors.in_proj.scale * scales.in_proj_input
     row_bias = torch.zeros_like(row_scale) if tensors.in_bias is None else tensors.in_bias
     conv_scale = tensors.conv.scale if columns.dynamic_input else tensors.conv.scale * scales.in_proj_output
@@ -244,9 +244,7 @@ def _in_constants(
         raise ShapeError(
             f"decode: `x_proj_input` is {u_scale.dtype} {tuple(u_scale.shape)}, expected float32 ({d_inner},)"
         )
-    # IEEE division: the number that the grid multiplies by.
-    last = [conv_scale, conv_bias, u_scale, u_scale.reciprocal()]
-    bits = [part.contiguous().view(torch.int32) for part in [*floats, *last]]
+    bits = [part.contiguous().view(torch.int32) for part in [*floats, conv_scale, conv_bias, u_scale]]
     bits.insert(4, word)
     return torch.stack([_channels(part) for part in bits], dim=1).contiguous()
 

@@ -16,7 +16,7 @@ MAX_WARPS = 20
 MAX_OUT_WARPS = 16
 _TILE = 16
 _UNIT_BYTES = 64  # of one row
-_IN_CONSTANTS = 9
+_IN_CONSTANTS = 8
 _TOKEN_PADDING = 32
 # The memory that the driver keeps for each block.
 _RESERVED_BYTES = 1024

@@ -21,6 +21,8 @@ ENTRIES = (
 _THREADS = 256
 # Elements of a block: 4 groups of 4 a thread, as in the kernel.
 _BLOCK_ELEMENTS = _THREADS * 16
+# Rows that a block with scales of channels walks, so that it reads them once for as many.
+_ROWS = 8
 _WARP = 32
 _MAX_GRID_Y = 65535
 
@@ -166,7 +168,7 @@ def _convert_channels(
         launch(
             SOURCE,
             f"convert_channels<{_TYPES[x.dtype]}, {_TYPES[dtype]}>",
-            grid=(-(-inner // (4 * _THREADS)), min(b * count, _MAX_GRID_Y), 1),
+            grid=(-(-inner // (4 * _THREADS)), min(-(-b * count // _ROWS), _MAX_GRID_Y), 1),
             block=(_THREADS, 1, 1),
             args=[
                 view,
