@@ -96,7 +96,7 @@ def _remove_tensor(_: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 BROKEN_FILES = [
     pytest.param(_truncate, ("w4.safetensors",), id="truncated"),
     pytest.param(_flip_bit, ("w4.safetensors", "got", "expected"), id="bit-flipped"),
-    pytest.param(_rewritten(_bump_version), ("format version 2", "reads up to 1", "upgrade"), id="version"),
+    pytest.param(_rewritten(_bump_version), ("format version 3", "reads up to 2", "upgrade"), id="version"),
     pytest.param(_rewritten(_remove_tensor), ("`layers.0.x_proj.qweight` is missing",), id="tensor-removed"),
     pytest.param(lambda path: path.write_bytes(b"PK\3\4" * 50), ("no safetensors file",), id="foreign"),
     pytest.param(lambda path: path.write_bytes(b""), ("w4.safetensors",), id="empty"),

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from qmamba_cli.artifacts.files import canonical_json, sha256_bytes, shown, strict_json
 from qmamba_cli.artifacts.records import (
@@ -43,7 +43,7 @@ __all__ = [
 
 # The current version of each format; `Manifest.ADDED` says how an older one differs.
 CALIBRATION_VERSION: Final = 2
-QUANTIZED_VERSION: Final = 1
+QUANTIZED_VERSION: Final = 2
 # The libraries whose version can change what an artifact holds.
 _LIBRARIES = ("qmamba-cli", "numpy", "safetensors", "tokenizers", "torch")
 _HASHING_THREADS = 8
@@ -58,7 +58,8 @@ class Manifest(Record):
     REMEDY: ClassVar[str]
     FORMAT: ClassVar[str]
     VERSION: ClassVar[int]
-    # Key → the version that brought it; an artifact of an older version lacks it.
+    # Key, with a dot where it is inside another, → the version that brought it; an artifact of an older
+    # version lacks it.
     ADDED: ClassVar[Mapping[str, int]] = {}
 
     format_version: int
@@ -95,11 +96,26 @@ class Manifest(Record):
 
     def _stored(self) -> dict[str, Any]:
         """What an artifact of this version holds."""
-        return {
-            name: value
-            for name, value in self.model_dump(mode="json").items()
-            if self.ADDED.get(name, 0) <= self.format_version
-        }
+        stored = self.model_dump(mode="json")
+        for name, added in self.ADDED.items():
+            outer, _, inner = name.rpartition(".")
+            if added > self.format_version:
+                del (stored[outer] if outer else stored)[inner]
+        return stored
+
+    @classmethod
+    def missing_from(cls, document: Mapping[str, Any]) -> list[str]:
+        """Keys that a document of its version should have and lacks, sorted."""
+        version = document["format_version"]
+        expected = {name for name in cls.model_fields if cls.ADDED.get(name, 0) <= version}
+        nested = {name for name, added in cls.ADDED.items() if "." in name and added <= version}
+        found = set(document)
+        for name in nested:
+            outer, _, inner = name.rpartition(".")
+            value = document.get(outer)
+            # A value of another kind is left to the schema.
+            found |= {name} if not isinstance(value, Mapping) or inner in value else set()
+        return sorted((expected | nested) - found)
 
 
 def _current_version_only(schema: dict[str, Any]) -> None:
@@ -146,8 +162,12 @@ class QuantizedManifest(Manifest):
     REMEDY: ClassVar[str] = "make it again: `qmamba export --out FILE --force`"
     FORMAT: ClassVar[str] = "qmamba-quantized"
     VERSION: ClassVar[int] = QUANTIZED_VERSION
+    ADDED: ClassVar[Mapping[str, int]] = {"quantization.recipe": 2}
 
-    format_version: Literal[1] = QUANTIZED_VERSION
+    # The schema in docs/schemas is that of the current version alone.
+    format_version: Annotated[Literal[1, 2], Field(json_schema_extra=_current_version_only)] = (
+        QUANTIZED_VERSION
+    )
     """Version of the format; a reader refuses a newer one."""
     format: Literal["qmamba-quantized"] = "qmamba-quantized"
     """Kind of artifact."""
@@ -157,6 +177,12 @@ class QuantizedManifest(Manifest):
     """How the weights were quantized."""
     tensors: dict[str, TensorRecord] = Field(default_factory=dict)
     """Tensor name → record."""
+
+    @model_validator(mode="after")
+    def _names_its_recipe(self) -> Self:
+        if self.format_version >= self.ADDED["quantization.recipe"] and self.quantization.recipe is None:
+            raise ValueError("`quantization.recipe` is null")
+        return self
 
 
 M = TypeVar("M", bound=Manifest)
@@ -183,9 +209,7 @@ def parse_manifest(kind: type[M], data: bytes, source: str) -> M:
     if not isinstance(document, dict):
         raise ArtifactError(f"{where} is not a JSON object", hint=kind.REMEDY)
     _check_format(kind, document, source)
-    version = document["format_version"]
-    expected = {name for name in kind.model_fields if kind.ADDED.get(name, 0) <= version}
-    missing = sorted(expected - document.keys())
+    missing = kind.missing_from(document)
     if missing:
         raise ArtifactError(f"{where} lacks the key `{missing[0]}`", hint=kind.REMEDY)
     try:

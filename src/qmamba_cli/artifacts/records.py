@@ -1,6 +1,6 @@
 """The records that manifests are made of: pydantic models, strict and frozen."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -119,9 +119,18 @@ class CalibrationReference(Record):
     """How the quantiles of samples were joined."""
 
 
+def _recorded(schema: dict[str, Any]) -> None:
+    """The schema of a key that only files of an older version lack."""
+    (given,) = (choice for choice in schema.pop("anyOf") if choice.get("type") != "null")
+    schema |= given
+    del schema["default"]
+
+
 class QuantizationRecord(Record):
     """How the weights were quantized."""
 
+    recipe: Annotated[Literal["plain", "best"] | None, Field(json_schema_extra=_recorded)] = None
+    """How what is rounded was chosen; not known of files of version 1."""
     w_bits: Literal[4, 8]
     """Bits of in_proj and out_proj."""
     group_size: Positive | None
