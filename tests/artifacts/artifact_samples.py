@@ -76,6 +76,7 @@ def quantized_manifest(**changes: Any) -> QuantizedManifest:
             digest="c" * 64, dataset=DATASET, alpha=0.9995, reduction="global"
         ),
         "quantization": QuantizationRecord(
+            recipe="plain",
             w_bits=4,
             group_size=128,
             embedding_bits=16,

@@ -17,9 +17,10 @@ from artifact_samples import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from qmamba_cli.artifacts.calibration import MANIFEST, read_calibration
-from qmamba_cli.artifacts.files import canonical_json
+from qmamba_cli.artifacts.files import canonical_json, sha256_bytes
 from qmamba_cli.artifacts.manifest import QuantizedManifest, tensor_records
 from qmamba_cli.artifacts.quantized import (
     METADATA_KEY,
@@ -159,6 +160,36 @@ def test_a_failing_tensor_leaves_the_old_file(path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def as_version_1(path: Path) -> None:
+    """What the first version of the format held of the same model."""
+
+    def older(document: dict) -> None:
+        document["format_version"] = 1
+        del document["quantization"]["recipe"]
+        kept = {**document, "content_digest": ""}
+        document["content_digest"] = sha256_bytes(canonical_json(kept).encode("ascii"))
+
+    rebuild(path, older)
+
+
+def test_a_file_of_version_1_is_read_as_it_is(path: Path) -> None:
+    as_version_1(path)
+    before = path.read_bytes()
+    artifact = read_quantized(path)
+    assert artifact.manifest.format_version == 1 and artifact.manifest.quantization.recipe is None
+    assert artifact.names == tuple(sorted(tensors()))
+    stored = open_safetensors(path).metadata[METADATA_KEY]
+    assert artifact.manifest.to_json() == stored and "recipe" not in stored
+    write_quantized(path, tensors=tensors(), files=TOKENIZER, manifest=artifact.manifest, force=True)
+    assert path.read_bytes() == before
+
+
+def test_a_manifest_must_name_its_recipe() -> None:
+    quantization = quantized_manifest().quantization.model_copy(update={"recipe": None})
+    with pytest.raises(ValidationError, match=r"`quantization\.recipe` is null"):
+        quantized_manifest(quantization=quantization)
+
+
 def test_missing_file_names_the_stage(tmp_path: Path) -> None:
     with pytest.raises(QmambaError, match="does not exist") as caught:
         read_quantized(tmp_path / "q")
@@ -185,7 +216,12 @@ def test_other_things_are_no_quantized_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format_version=2), r"version 2, but qmamba-cli 0\.1\.0 reads up to 1"),
+        (lambda d: d.update(format_version=3), r"version 3, but qmamba-cli 0\.1\.0 reads up to 2"),
+        (lambda d: d.update(format_version=1), "is not in canonical form"),
+        (lambda d: d["quantization"].pop("recipe"), r"lacks the key `quantization\.recipe`"),
+        (lambda d: d["quantization"].update(recipe=None), r"`quantization\.recipe` is null"),
+        (lambda d: d["quantization"].update(recipe="other"), r"breaks the schema at `quantization\.recipe`"),
+        (lambda d: d.update(quantization=[]), "breaks the schema at `quantization`"),
         (lambda d: d.update(format_version=2**70), "version 1180591620717411303424, but"),
         (lambda d: d.update(format="gguf"), "has format `gguf`, expected `qmamba-quantized`"),
         (lambda d: d.update(surprise=1), "breaks the schema at `surprise`"),

@@ -1,12 +1,18 @@
 """The best recipe through calibrate and export: what it promises, records and refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from calibrations import calibrated, small_text
+from command_line import done
+from test_stages_coverage import as_version_1
 
-from qmamba_cli.artifacts.quantized import read_quantized
+from qmamba_cli.artifacts.calibration import read_calibration
+from qmamba_cli.artifacts.quantized import read_quantized, write_quantized
 from qmamba_cli.errors import ArtifactError, UsageError
 from qmamba_cli.model.quantize import Recipe
 from qmamba_cli.modes import DEFAULT_MODE, MODES
@@ -19,7 +25,8 @@ from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_tas
 
 def exported(workdir: Path, name: str, *, method: str = "best", **recipe: object) -> Path:
     out = workdir / name
-    export(ExportOptions(out=out, workdir=workdir, recipe=Recipe(method=method, **recipe), device="cpu"))
+    asked = Recipe(method=method, **recipe)
+    export(ExportOptions(out=out, workdir=workdir, recipe=asked, device="cpu", force=True))
     return out
 
 
@@ -36,19 +43,103 @@ def test_identical_inputs_give_identical_files(small: Path, bits: int) -> None:
     assert first.read_bytes() == second.read_bytes()
     plain = exported(small, f"plain-{bits}", method="plain", w_bits=bits, group_size=16)
     ours, theirs = (read_quantized(path) for path in (first, plain))
-    # The formats are the same: names, dtypes, shapes, and so the size and the kernels.
-    assert {name: ours.info(name) for name in ours.names} == {
-        name: theirs.info(name) for name in theirs.names
-    }
+    # The formats are the same: names, dtypes, shapes, and so the size and the kernels, but for u's scales.
+    forms, plain_forms = ({name: file.info(name) for name in file.names} for file in (ours, theirs))
+    assert plain_forms.pop("scales.x_proj:input").shape == (2,)
+    assert forms.pop("scales.x_proj:input").shape == (2, 64)
+    assert forms == plain_forms
 
 
 def test_the_manifest_says_how_the_scales_were_chosen(small: Path) -> None:
     artifact = read_quantized(exported(small, "recorded", w_bits=8))
+    assert artifact.manifest.quantization.recipe == "best"
     for key, record in artifact.manifest.sites.items():
-        assert record.observer is ObserverKind.LEAST_ERROR and record.alpha is None, key
-    scales = artifact.numpy("scales.x_proj:input")
-    absmax = artifact.manifest.sites["layers.0.x_proj:input"].absmax
-    assert scales[0] == pytest.approx(absmax / 127)
+        of_u = key.endswith("x_proj:input")
+        assert record.observer is (ObserverKind.MINMAX if of_u else ObserverKind.LEAST_ERROR), key
+        assert record.alpha is None
+    absmax = artifact.manifest.sites["layers.1.out_proj:input"].absmax
+    assert artifact.numpy("scales.out_proj:input")[1] == pytest.approx(absmax / 127)
+    plain = read_quantized(exported(small, "recorded-plain", method="plain", w_bits=8))
+    assert plain.manifest.quantization.recipe == "plain"
+
+
+def test_every_channel_of_u_has_the_scale_that_holds_its_largest_value(small: Path) -> None:
+    artifact = read_quantized(exported(small, "channels", w_bits=8))
+    coverage = read_calibration(small / "calibration").coverage
+    for layer, scales in enumerate(artifact.numpy("scales.x_proj:input")):
+        largest = coverage[f"layers.{layer}.x_proj:input.channel_absmax"]
+        assert np.array_equal(scales, np.clip(largest / np.float32(127), 1e-6, 1e4).astype(np.float32))
+        assert artifact.manifest.sites[f"layers.{layer}.x_proj:input"].absmax == largest.max()
+    # x_proj's stored columns hold them: dequantized and divided by them it is the plain recipe's, nearly.
+    plain = read_quantized(exported(small, "channels-plain", method="plain", w_bits=8))
+    real, expected = (
+        file.tensor("layers.0.x_proj.qweight").double()
+        * file.tensor("layers.0.x_proj.scale").double()[:, None]
+        for file in (artifact, plain)
+    )
+    scales = artifact.tensor("scales.x_proj:input")[0].double()
+    half_a_step = artifact.tensor("layers.0.x_proj.scale").double()[:, None] / 2 / scales
+    half_a_step += plain.tensor("layers.0.x_proj.scale").double()[:, None] / 2
+    assert bool(((real / scales - expected).abs() <= 1.001 * half_a_step).all())
+
+
+def test_a_calibration_of_version_1_gives_one_scale_and_says_so(tmp_path: Path) -> None:
+    report = calibrated(tmp_path)
+    options = ExportOptions(out=tmp_path / "new", workdir=tmp_path, recipe=Recipe(method="best", w_bits=8))
+    assert export(options).notes == ()
+    as_version_1(report.path)
+    old = replace(options, out=tmp_path / "old", calibration=report.path)
+    (note,) = export(old).notes
+    assert "one scale, not one a channel" in note
+    artifact = read_quantized(old.out)
+    assert artifact.numpy("scales.x_proj:input").shape == (2,)
+    assert artifact.manifest.sites["layers.0.x_proj:input"].observer is ObserverKind.LEAST_ERROR
+    assert note in done(
+        "export",
+        "--recipe",
+        "best",
+        "--w-bits",
+        8,
+        "--calibration",
+        report.path,
+        "--workdir",
+        tmp_path,
+        "--out",
+        tmp_path / "again",
+        cwd=tmp_path,
+    ).err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[:, :50], r"is torch\.float32 \[2, 50\], expected torch\.float32 \[2\] or \[2, 64\]"),
+        (lambda x: x.to(torch.float64), r"is torch\.float64"),
+        (lambda x: x * 0, "holds a scale that is none"),
+        (lambda x: x * 1e9, r"in 1e-06 \.\.\. 10000\.0"),
+    ],
+)
+def test_scales_that_are_none_are_refused(small: Path, tmp_path: Path, change, message: str) -> None:
+    artifact = read_quantized(exported(small, "to-break", w_bits=8))
+    tensors = {name: artifact.tensor(name).clone() for name in artifact.names}
+    tensors["scales.x_proj:input"] = change(tensors["scales.x_proj:input"])
+    out = tmp_path / "broken"
+    write_quantized(out, tensors=tensors, files=artifact.files, manifest=artifact.manifest)
+    with pytest.raises(ArtifactError, match=message):
+        load_model(ModelOptions(mode=MODES[DEFAULT_MODE], checkpoint=out, backend="cpu"))
+
+
+def test_every_mode_runs_with_a_scale_a_channel_and_the_equal_ones_are_equal(small: Path) -> None:
+    out = exported(small, "modes", w_bits=8)
+    ids = torch.arange(40).reshape(1, 40)
+    hidden = {
+        name: load_model(ModelOptions(mode=mode, checkpoint=out, backend="cpu")).model.forward(ids)[0]
+        for name, mode in MODES.items()
+        if name != "fp"
+    }
+    assert torch.equal(hidden["2-0"], hidden["0"])
+    assert torch.equal(hidden["2-3"], hidden["2-1"]) and torch.equal(hidden["2-2"], hidden["2-1"])
+    assert not torch.equal(hidden["2-4"], hidden["2-2"])
 
 
 def test_an_ignored_projection_keeps_eight_bits(small: Path) -> None:

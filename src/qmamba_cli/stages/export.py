@@ -1,11 +1,12 @@
 """Stage 2: checkpoint and calibration to one self-contained quantized file, or to a folder for the Hub."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qmamba_cli.artifacts.calibration import CalibrationArtifact, read_calibration
 from qmamba_cli.artifacts.checkpoint import Checkpoint, open_checkpoint
@@ -29,14 +30,14 @@ from qmamba_cli.config import MambaConfig
 from qmamba_cli.errors import ArtifactError, CheckpointError, UsageError
 from qmamba_cli.model.quantize import Recipe, planned_tensors, quantized_tensors, weight_schemes
 from qmamba_cli.progress import Progress, silent
-from qmamba_cli.quant.grid import scale_from_absmax
+from qmamba_cli.quant.grid import Scale
 from qmamba_cli.quant.observers import ObserverSet, Reduction
-from qmamba_cli.sites import SITES, site_key
+from qmamba_cli.sites import SITES, X_PROJ_INPUT, site_key
 from qmamba_cli.stages.calibrate import site_records
 from qmamba_cli.stages.common import model_record
 from qmamba_cli.stages.folder import FolderOptions, card_results, model_card
 from qmamba_cli.stages.parts import Part, bits_per_weight, export_memory, parts_of
-from qmamba_cli.stages.recipes import fitted_blocks, least_error_absmaxes, least_error_records
+from qmamba_cli.stages.recipes import best_scales, fitted_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,7 @@ class ExportReport:
         files: number of files.
         memory_bytes: memory that the work takes beside the program itself, about.
         config: sizes of the model.
+        notes: what the recipe could not do, in sentences.
     """
 
     path: Path
@@ -95,6 +97,7 @@ class ExportReport:
     files: int
     memory_bytes: int
     config: MambaConfig
+    notes: tuple[str, ...] = ()
 
 
 def export(options: ExportOptions, *, progress: Progress = silent, dry_run: bool = False) -> ExportReport:
@@ -127,22 +130,28 @@ def export(options: ExportOptions, *, progress: Progress = silent, dry_run: bool
             f"`--alpha` belongs to `--recipe plain`, got {options.alpha} with `--recipe best`",
             hint="leave `--alpha` out: the best recipe chooses every clip from the histograms",
         )
-    absmaxes = least_error_absmaxes(observers) if best else observers.absmaxes(alpha)
-    scales = {key: scale_from_absmax(absmax) for key, absmax in absmaxes.items()}
+    scales: dict[str, Scale] = dict(observers.scales(alpha))
+    records = site_records(observers, alpha)
+    if best:
+        scales, records = best_scales(observers, calibration.coverage)
     checkpoint = _matching_checkpoint(options, calibration, calibration_path)
     files = checkpoint.tokenizer_files
     if dry_run:
         sizes = planned_tensors(checkpoint.config, options.recipe, _log_dtype(checkpoint))
         sizes |= {name: row.nbytes for name, row in scale_tensors(scales, checkpoint.config.n_layer).items()}
-        return _report(options, "", sizes, files, checkpoint.config)
+        return _report(options, "", sizes, files, checkpoint.config, scales)
 
     def tensors(advance: Callable[[int], None]) -> Iterator[tuple[str, TensorSource]]:
         yield from quantized_tensors(
-            checkpoint.config, checkpoint.load, options.recipe, blocks=blocks, on_layer=lambda: advance(1)
+            checkpoint.config,
+            checkpoint.load,
+            options.recipe,
+            scales=scales,
+            blocks=blocks,
+            on_layer=lambda: advance(1),
         )
         yield from scale_tensors(scales, checkpoint.config.n_layer).items()
 
-    records = least_error_records(observers, absmaxes) if best else site_records(observers, alpha)
     manifest = _manifest(options, calibration, records, checkpoint, alpha)
     blocks = fitted_blocks(options, checkpoint, calibration.manifest, scales, progress) if best else None
     with progress("quantizing layers", checkpoint.config.n_layer) as advance:
@@ -167,7 +176,7 @@ def export(options: ExportOptions, *, progress: Progress = silent, dry_run: bool
         for name, record in written.tensors.items()
         if not name.startswith(FILES_PREFIX)
     }
-    return _report(options, written.content_digest, sizes, files, checkpoint.config)
+    return _report(options, written.content_digest, sizes, files, checkpoint.config, scales)
 
 
 def _check_output(options: ExportOptions) -> None:
@@ -179,15 +188,15 @@ def _check_output(options: ExportOptions) -> None:
         check_output(options.out, force=options.force, directory=True, known=known)
 
 
-def scale_tensors(
-    scales: Mapping[str, float], n_layer: int
-) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float32]]]:
-    """One float32 tensor a site, ``scales.<site>``: (n_layer,), or (1,) for a site of the whole model."""
+def scale_tensors(scales: Mapping[str, Scale], n_layer: int) -> dict[str, NDArray[np.float32]]:
+    """One float32 tensor a site, ``scales.<site>``: (n_layer,), or (1,) for a site of the whole model.
+
+    Where each channel has a scale it is (n_layer, channels).
+    """
+    layers: dict[bool, Sequence[int | None]] = {True: range(n_layer), False: (None,)}
     return {
         f"scales.{site.name}": np.array(
-            [scales[site_key(site.name, layer)] for layer in range(n_layer)]
-            if site.per_layer
-            else [scales[site_key(site.name, None)]],
+            [np.asarray(scales[site_key(site.name, layer)]) for layer in layers[site.per_layer]],
             dtype=np.float32,
         )
         for site in SITES.values()
@@ -238,6 +247,7 @@ def _manifest(
             reduction=calibration.manifest.reduction,
         ),
         quantization=QuantizationRecord(
+            recipe="best" if recipe.method == "best" else "plain",
             w_bits=4 if recipe.w_bits == 4 else 8,
             group_size=recipe.group_size if any(name.startswith("w4") for name in schemes.values()) else None,
             embedding_bits=8 if recipe.table_bits("embeddings") == 8 else 16,
@@ -256,6 +266,7 @@ def _report(
     tensors: Mapping[str, int],
     files: Mapping[str, bytes],
     config: MambaConfig,
+    scales: Mapping[str, Scale],
 ) -> ExportReport:
     sizes = {**tensors, **{f"{FILES_PREFIX}{name}": len(data) for name, data in files.items()}}
     stored = [options.out] if options.out.is_file() else list(options.out.glob("*"))
@@ -269,6 +280,16 @@ def _report(
         files=len(stored) if digest else 1,
         memory_bytes=export_memory(config),
         config=config,
+        notes=_notes(options.recipe, scales),
+    )
+
+
+def _notes(recipe: Recipe, scales: Mapping[str, Scale]) -> tuple[str, ...]:
+    if recipe.method != "best" or isinstance(scales[site_key(X_PROJ_INPUT, 0)], torch.Tensor):
+        return ()
+    return (
+        "the calibration is of version 1 and knows no channels: u has one scale, not one a channel; "
+        "`qmamba calibrate` anew for a smaller error",
     )
 
 

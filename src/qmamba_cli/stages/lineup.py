@@ -20,11 +20,11 @@ from qmamba_cli.model.prepare import float_model
 from qmamba_cli.model.quantize import Recipe, quantized_model, quantized_tensors
 from qmamba_cli.model.weights import ModelWeights
 from qmamba_cli.modes import COLUMNS, MODES, Mode, Precision, mode_by_name
+from qmamba_cli.quant.grid import Scale
 from qmamba_cli.quant.histogram import check_alpha
 from qmamba_cli.quant.observers import ObserverSet, Reduction
 from qmamba_cli.quant.weights import DEFAULT_GROUP_SIZE
-from qmamba_cli.sites import SITES, site_key
-from qmamba_cli.stages.run import assemble
+from qmamba_cli.stages.load import assemble, has_channel_scales, stored_scales
 
 ALL = "all"
 _FLOAT = next(mode for mode in MODES.values() if mode.precision is Precision.FP32)
@@ -258,7 +258,14 @@ class _Source:
                 found = {name: self._artifact.tensor(name) for name in self._artifact.names}
             else:
                 checkpoint = self._matching_checkpoint()
-                found = dict(quantized_tensors(checkpoint.config, checkpoint.load, self._recipe(w_bits)))
+                found = dict(
+                    quantized_tensors(
+                        checkpoint.config,
+                        checkpoint.load,
+                        self._recipe(w_bits),
+                        scales=stored_scales(self._artifact, self._config),
+                    )
+                )
             self._tensors[w_bits] = found
         return self._tensors[w_bits]
 
@@ -286,14 +293,14 @@ class _Source:
             )
         return self._checkpoint
 
-    def _scales_at(self, alpha: float | None) -> dict[str, float]:
+    def _scales_at(self, alpha: float | None) -> dict[str, Scale]:
         if alpha is None:
-            scales: dict[str, float] = {}
-            for site in SITES.values():
-                layers = range(self._config.n_layer) if site.per_layer else (None,)
-                values = self._artifact.tensor(f"scales.{site.name}").tolist()
-                scales |= {site_key(site.name, layer): v for layer, v in zip(layers, values, strict=True)}
-            return scales
+            return stored_scales(self._artifact, self._config)
+        if has_channel_scales(self._artifact.manifest):
+            raise UsageError(
+                f"`--alpha` is one clip for all channels of u, got `{self._artifact.path}` with one for each",
+                hint="sweep it on an export of `--recipe plain`",
+            )
         if self._observers is None:
             self._observers = self._read_observers()
         # A quantized file stores its scales in float32.

@@ -1,5 +1,6 @@
 """Loading a model for stage 3: a quantized file or a float checkpoint, straight to where it runs."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from qmamba_cli.artifacts.checkpoint import open_checkpoint
+from qmamba_cli.artifacts.manifest import QuantizedManifest
 from qmamba_cli.artifacts.quantized import QuantizedArtifact, read_quantized
 from qmamba_cli.artifacts.workdir import Workdir
 from qmamba_cli.config import MambaConfig
@@ -18,8 +20,9 @@ from qmamba_cli.model.prepare import float_model
 from qmamba_cli.model.quantize import quantized_model
 from qmamba_cli.model.weights import ModelWeights
 from qmamba_cli.modes import MODES, Mode, Precision
+from qmamba_cli.quant.grid import CHANNEL_SCALES, Scale
 from qmamba_cli.quant.weights import DEFAULT_GROUP_SIZE
-from qmamba_cli.sites import SITES, site_key
+from qmamba_cli.sites import SITES, X_PROJ_INPUT, site_key
 from qmamba_cli.tokenizer import Tokenizer
 
 # Names of `--dtype`.
@@ -134,22 +137,11 @@ def assemble(artifact: QuantizedArtifact, device: torch.device | None = None) ->
         ArtifactError: a tensor the model needs is not in the file.
     """
     config = MambaConfig.from_dict(dict(artifact.manifest.model.config))
-    tensors = _Tensors(artifact)
-    scales: dict[str, float] = {}
-    for site in SITES.values():
-        values = tensors[f"scales.{site.name}"].tolist()
-        layers = range(config.n_layer) if site.per_layer else (None,)
-        if len(values) != len(layers):
-            raise ArtifactError(
-                f"`scales.{site.name}` of `{artifact.path}` has {len(values)} values, expected {len(layers)}",
-                hint=artifact.manifest.REMEDY,
-            )
-        scales |= {site_key(site.name, layer): value for layer, value in zip(layers, values, strict=True)}
     try:
         return quantized_model(
             config,
-            tensors,
-            scales,
+            _Tensors(artifact),
+            stored_scales(artifact, config),
             group_size=artifact.manifest.quantization.group_size or DEFAULT_GROUP_SIZE,
             device=device,
             packed=device is not None and device.type == "cuda",
@@ -159,6 +151,42 @@ def assemble(artifact: QuantizedArtifact, device: torch.device | None = None) ->
             f"`{artifact.path}` has no tensor {error}, which its configuration asks for",
             hint=artifact.manifest.REMEDY,
         ) from None
+
+
+def stored_scales(artifact: QuantizedArtifact, config: MambaConfig) -> dict[str, Scale]:
+    """The activation scale of every site key; of ``x_proj:input`` possibly one a channel.
+
+    Raises:
+        ArtifactError: a site has none, or they are not as docs/artifact-format.md says.
+    """
+    scales: dict[str, Scale] = {}
+    for site in SITES.values():
+        name, layers = f"scales.{site.name}", range(config.n_layer) if site.per_layer else (None,)
+        values = artifact.tensor(name)
+        low, high = (0.0, math.inf) if values.dim() == 1 else CHANNEL_SCALES
+        shapes = [(len(layers),), *([(len(layers), config.d_inner)] if site.name == X_PROJ_INPUT else [])]
+        if values.dtype != torch.float32 or tuple(values.shape) not in shapes:
+            raise ArtifactError(
+                f"`{name}` of `{artifact.path}` is {values.dtype} {list(values.shape)}, expected "
+                f"torch.float32 {' or '.join(str(list(shape)) for shape in shapes)}",
+                hint=artifact.manifest.REMEDY,
+            )
+        if not bool(((values > 0) & (values >= low) & (values <= high) & values.isfinite()).all()):
+            raise ArtifactError(
+                f"`{name}` of `{artifact.path}` holds a scale that is none, expected finite numbers > 0"
+                + (f" in {low} ... {high}" if low else ""),
+                hint=artifact.manifest.REMEDY,
+            )
+        # Copied, so that the scales do not keep the file mapped.
+        rows = values.tolist() if values.dim() == 1 else list(values.clone())
+        scales |= {site_key(site.name, layer): row for layer, row in zip(layers, rows, strict=True)}
+    return scales
+
+
+def has_channel_scales(manifest: QuantizedManifest) -> bool:
+    """Whether every channel of u has a scale, which the columns of x_proj's weight hold."""
+    record = manifest.tensors.get(f"scales.{X_PROJ_INPUT}")
+    return record is not None and len(record.shape) == 2
 
 
 class _Tensors(Mapping[str, torch.Tensor]):

@@ -27,7 +27,7 @@ from qmamba_cli.modes import DEFAULT_MODE, MODES
 from qmamba_cli.progress import Progress
 from qmamba_cli.quant.clipping import least_error_absmax
 from qmamba_cli.quant.gptq import Moments, least_squares_weight, quantize_groups_gptq, second_moments
-from qmamba_cli.quant.grid import dequantize
+from qmamba_cli.quant.grid import CHANNEL_SCALES, QMAX, Scale, dequantize, scale_from_absmax
 from qmamba_cli.quant.observers import ObserverSet
 from qmamba_cli.quant.weights import quantize_rows
 from qmamba_cli.stages.calibrate import CalibrateOptions
@@ -44,6 +44,35 @@ _POWERS = {sites.X_PROJ_INPUT: 1.5, sites.SSM_STATE: 1.5}
 _SQUARED = 2.0
 # Samples that the matrices are fitted to: the residual streams of all of them are held.
 SAMPLES = 128
+
+
+def best_scales(
+    observers: ObserverSet, coverage: Mapping[str, NDArray[np.generic]]
+) -> tuple[dict[str, Scale], dict[str, SiteRecord]]:
+    """The scale of every site key, and its record.
+
+    Every clip is the one of least expected error, from the stored histograms; u has a scale for each channel
+    that holds the channel's largest value, where the calibration knows it.
+
+    Args:
+        observers: of a calibration.
+        coverage: its arrays, or none where it is of version 1.
+
+    Raises:
+        QmambaError: a site was not observed.
+    """
+    absmaxes = least_error_absmaxes(observers)
+    scales: dict[str, Scale] = {key: scale_from_absmax(absmax) for key, absmax in absmaxes.items()}
+    records = least_error_records(observers, absmaxes)
+    for key, record in records.items():
+        found = coverage.get(f"{key}.channel_absmax")
+        if key.rpartition(".")[2] != sites.X_PROJ_INPUT or found is None or not found.size:
+            continue
+        largest = torch.from_numpy(found.astype(np.float32))
+        scales[key] = (largest / torch.full_like(largest, QMAX)).clamp_(*CHANNEL_SCALES)
+        changes = {"observer": sites.ObserverKind.MINMAX, "absmax": float(largest.max())}
+        records[key] = record.model_copy(update=changes)
+    return scales, records
 
 
 def least_error_absmaxes(observers: ObserverSet) -> dict[str, float]:
@@ -116,7 +145,7 @@ def fitted_blocks(
     options: "ExportOptions",
     checkpoint: Checkpoint,
     manifest: CalibrationManifest,
-    scales: Mapping[str, float],
+    scales: Mapping[str, Scale],
     progress: Progress,
 ) -> Iterator[Mapping[str, torch.Tensor]] | None:
     """The blocks of `FittedBlocks`, or None where no matrix has 4 bits and there is nothing to fit.
@@ -143,6 +172,9 @@ class FittedBlocks:
     out_proj to bring the quantized stream back to the float one. One block and both streams,
     ``2 · n · seqlen · d_model`` float32, are held.
 
+    A token's errors count by what they do to its prediction: the final norm divides them by the root mean
+    square of the float model's last residual, so their squares are weighed by its inverse mean square.
+
     Args:
         config: sizes.
         load: reads a float checkpoint tensor by name.
@@ -158,7 +190,7 @@ class FittedBlocks:
         config: MambaConfig,
         load: Load,
         recipe: Recipe,
-        scales: Mapping[str, float],
+        scales: Mapping[str, Scale],
         tokens: NDArray[np.int32],
         backend: Backend,
         *,
@@ -178,6 +210,18 @@ class FittedBlocks:
             self._float.append(self._residual(rows, ids))
             stored = quantize_rows(rows, name="embeddings").dequantize() if coarse else rows
             self._coarse.append(self._residual(stored, ids))
+        self._roots = [root.to(self._backend.device) for root in self._token_roots()]
+
+    def _token_roots(self) -> list[torch.Tensor]:
+        """Square roots of the tokens' weights, (b, l, 1) a batch; their squares are 1 on average."""
+        with torch.inference_mode():
+            last = list(self._float)
+            for layer in range(self._config.n_layer):
+                block = on_device(float_block(self._config, self._load, layer), self._backend.device)
+                last = [self._run(block, "fp", batch)[0] for batch in last]
+            squares = [x.square().mean(dim=-1, keepdim=True) + self._config.norm_eps for x in last]
+        mean = torch.cat([x.reciprocal().flatten() for x in squares]).mean(dtype=torch.float64).float()
+        return [(x * mean).rsqrt() for x in squares]
 
     def _residual(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return rotate_inputs(rows).view(*ids.shape, -1).to(self._backend.device)
@@ -198,7 +242,7 @@ class FittedBlocks:
                 (self._normed(coarse, layer), self._normed(real, None))
                 for coarse, real in zip(self._coarse, self._float, strict=True)
             ]
-            halves = [(moments, matrix @ cross) for moments, cross in _halves(pairs)]
+            halves = [(moments, matrix @ cross) for moments, cross in self._halves(pairs)]
             tensors |= self._fitted(f"{prefix}.in_proj", matrix, halves)
         quantized = self._quantized(tensors, layer)
         outputs = [self._run(quantized, DEFAULT_MODE, batch)[1] for batch in self._coarse]
@@ -209,7 +253,7 @@ class FittedBlocks:
                 for y, real, coarse in zip(outputs, wanted, self._coarse, strict=True)
             ]
             matrix = block.out_proj.matrix.double()
-            tensors |= self._fitted(f"{prefix}.out_proj", matrix, _halves(pairs))
+            tensors |= self._fitted(f"{prefix}.out_proj", matrix, self._halves(pairs))
             quantized = self._quantized(tensors, layer)
         out = quantized.out_proj
         self._coarse = [
@@ -267,10 +311,10 @@ class FittedBlocks:
         groups = quantize_groups_gptq(target, moments, self._recipe.group_size, name=module)
         return {name: tensor.cpu() for name, tensor in group_tensors(module, groups)}
 
-
-def _halves(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Moments]:
-    """Second moments of every other batch and of those between; of one batch, of its tokens."""
-    if len(pairs) == 1:
-        x, t = (tensor.flatten(0, 1) for tensor in pairs[0])
-        pairs = [(x[0::2], t[0::2]), (x[1::2], t[1::2])]
-    return [second_moments(pairs[start::2]) for start in (0, 1)]
+    def _halves(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Moments]:
+        """Second moments of every other batch and of those between; of one batch, of its tokens."""
+        pairs = [(x * root, t * root) for (x, t), root in zip(pairs, self._roots, strict=True)]
+        if len(pairs) == 1:
+            x, t = (tensor.flatten(0, 1) for tensor in pairs[0])
+            pairs = [(x[0::2], t[0::2]), (x[1::2], t[1::2])]
+        return [second_moments(pairs[start::2]) for start in (0, 1)]

@@ -38,6 +38,8 @@ def show_export(
         if dry_run:
             values |= {"memory_bytes": report.memory_bytes, "tensors": dict(report.sizes)}
             values["config"] = report.config.to_dict()
+        if report.notes:
+            values["notes"] = list(report.notes)
         if pushed is not None:
             values["pushed"] = pushed
         console.write_json(values)
@@ -58,6 +60,8 @@ def show_export(
                 "disk": f"about {console.size(2 * report.bytes)} while it is written",
             },
         )
+    for note in report.notes:
+        console.note(f"note: {note}")
     if pushed is not None:
         console.note(f"uploaded to {pushed}")
 

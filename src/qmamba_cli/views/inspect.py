@@ -78,7 +78,10 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
             rows["shard"] = f"{shard.number} of {shard.count}, {shard.samples} samples from {shard.first}"
     else:
         group = "" if quantization.group_size is None else f", groups of {quantization.group_size}"
-        rows["weights"] = f"W{quantization.w_bits}A8{group}, embedding {quantization.embedding_bits} bits"
+        recipe = "" if quantization.recipe is None else f", {quantization.recipe} recipe"
+        rows["weights"] = (
+            f"W{quantization.w_bits}A8{group}, embedding {quantization.embedding_bits} bits{recipe}"
+        )
         rows["calibration"] = (
             f"digest {manifest.calibration.digest[:DIGEST_SHOWN]}, alpha {quantization.alpha}"  # type: ignore[union-attr]
         )
@@ -90,11 +93,15 @@ def _facts(inspection: "Inspection") -> dict[str, str]:
 def _sites(inspection: "Inspection") -> None:
     manifest, histograms = inspection.manifest, inspection.histograms
     keys = site_keys(int(manifest.model.config["n_layer"] or 0))
+    # The absmax of such a site is that of its largest channel.
+    channels = {site: f", each of {count}" for site, count in _channel_counts(inspection).items()}
     columns = (Column("site"), Column("observer"), Column("absmax", True), Column("observations", True))
     rows = [
         (
             key,
-            site.observer.value + ("" if site.alpha is None else f" {site.alpha}"),
+            site.observer.value
+            + ("" if site.alpha is None else f" {site.alpha}")
+            + channels.get(key.rpartition(".")[2], ""),
             f"{site.absmax:.4g}",
             f"{site.observations:,}",
         )
@@ -114,6 +121,15 @@ def _sites(inspection: "Inspection") -> None:
 def _drawn(site: str, histogram: "SiteHistogram", heights: str) -> tuple[str, ...]:
     clipped = f"{histogram.clipped:.2%}" if histogram.clipped else ""
     return site, bars(histogram.counts[-_BARS:], heights), f"{histogram.observed:.4g}", clipped
+
+
+def _channel_counts(inspection: "Inspection") -> dict[str, int]:
+    """Site → number of its channels, where each has a scale."""
+    return {
+        row.name.removeprefix("scales."): row.shape[1]
+        for row in inspection.tensors
+        if row.name.startswith("scales.") and len(row.shape) == 2
+    }
 
 
 def bars(counts: Sequence[int], heights: str) -> str:
