@@ -10,8 +10,8 @@ from command_line import artifacts, done, model_folder, qmamba, refused, refused
 from html_checks import checked_page
 from random_models import random_checkpoint, random_ids, small_config
 
-from qmamba_cli.artifacts.calibration import read_calibration
 from qmamba_cli.artifacts.checkpoint import open_checkpoint
+from qmamba_cli.artifacts.quantized import read_quantized
 from qmamba_cli.evaluation.batches import window_batches
 from qmamba_cli.evaluation.divergence import compare_with_float
 from qmamba_cli.evaluation.sensitivity import Target, alone
@@ -24,6 +24,7 @@ from qmamba_cli.modes import MODES
 from qmamba_cli.quant.observers import ObserverSet
 from qmamba_cli.resources import calib_data_path
 from qmamba_cli.sites import SSM_STATE, site_key
+from qmamba_cli.stages.export import ExportOptions, export
 from qmamba_cli.stages.fake_quantized import (
     ACTIVATIONS,
     BLOCK_WEIGHTS,
@@ -36,6 +37,7 @@ from qmamba_cli.stages.fake_quantized import (
     per_token_targets,
     weight_targets,
 )
+from qmamba_cli.stages.load import stored_scales
 from qmamba_cli.stages.run import ModelOptions, load_model
 
 LOUDER = {"x_proj.weight": 12.0, "dt_proj.weight": 4.0, "A_log": 0.2}
@@ -223,21 +225,26 @@ def test_own_errors_match_what_replacing_does(subject):
     assert all(5 < error.sqnr_db < 80 for error in errors.values() if error.sqnr_db is not None)
 
 
-def test_everything_but_the_state_is_the_arithmetic_of_mode_0():
+@pytest.mark.parametrize("method", ["plain", "best"])
+def test_everything_but_the_state_is_the_arithmetic_of_mode_0(tmp_path, method):
     made = artifacts()
     checkpoint = open_checkpoint("demo")
-    quantizer = fake_quantizer(
-        checkpoint.config, checkpoint.load, Recipe(w_bits=8), read_calibration(made.calibration).scales, CPU
-    )
+    recipe = Recipe(w_bits=8, method=method)
+    out = tmp_path / "w8"
+    export(ExportOptions(out=out, workdir=tmp_path, calibration=made.calibration, recipe=recipe))
+    scales = stored_scales(read_quantized(out), checkpoint.config)
+    assert isinstance(scales["layers.0.x_proj:input"], torch.Tensor) == (method == "best")
+    quantizer = fake_quantizer(checkpoint.config, checkpoint.load, recipe, scales, CPU)
     targets = [target for target in EVERYTHING if target.site != SSM_STATE]
     ids = random_ids(checkpoint.config.vocab_size, 2, 128, seed=3)
-    mode_0 = load_model(ModelOptions(mode=MODES["0"], checkpoint=made.w8)).model
+    mode_0 = load_model(ModelOptions(mode=MODES["0"], checkpoint=out)).model
     seen = {}
     mode_0.forward(ids, hook=lambda key, tensor: seen.setdefault(key, tensor))
 
     def check(key, tensor):
         if key in seen and seen[key].dtype == torch.int8 and key.startswith("layers.0."):
-            steps = (tensor / quantizer.scales[key]).round() - seen[key]
+            scale = torch.as_tensor(quantizer.scales[key])
+            steps = (tensor / scale.view(-1, *(1 for _ in scale.shape))).round() - seen[key]
             assert steps.abs().max() <= 1, key
             assert (steps != 0).float().mean() < 0.001, key
             checked.add(key)

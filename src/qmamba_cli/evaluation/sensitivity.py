@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from qmamba_cli.evaluation.divergence import Outcome, intervals
-from qmamba_cli.quant.grid import QMAX, QMIN, dequantize, reciprocal
+from qmamba_cli.quant.grid import QMAX, QMIN, Scale, along_channels, dequantize, reciprocal
 from qmamba_cli.quant.histogram import Histogram
 
 # The grid of `quant.histogram`.
@@ -60,9 +60,11 @@ class TensorError:
     clipped: int = 0
     count: int = 0
 
-    def update(self, x: torch.Tensor, scale: float) -> None:
-        """Add a float tensor of any shape that is put on the int8 grid of ``scale``."""
-        steps = x.to(torch.float32) * reciprocal(scale)
+    def update(self, x: torch.Tensor, scale: Scale) -> None:
+        """Add a float tensor that is put on the int8 grid of ``scale``; both are as for `quantize`."""
+        steps = x.to(torch.float32) * (
+            along_channels(scale, x).reciprocal() if isinstance(scale, torch.Tensor) else reciprocal(scale)
+        )
         codes = steps.round()
         clipped = (codes > QMAX) | (codes < QMIN)
         real = dequantize(codes.clamp_(QMIN, QMAX).to(torch.int8), scale)

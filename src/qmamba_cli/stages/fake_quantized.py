@@ -20,7 +20,7 @@ from qmamba_cli.model.prepare import Load, float_model
 from qmamba_cli.model.quantize import Recipe
 from qmamba_cli.model.weights import BlockWeights, ModelWeights
 from qmamba_cli.modes import MODES
-from qmamba_cli.quant.grid import fake_quantize, quantize_per_token
+from qmamba_cli.quant.grid import Scale, fake_quantize, quantize_per_token
 from qmamba_cli.quant.weights import CODE_MAX, CODE_MIN, quantize_groups, quantize_rows
 
 # What is quantized between the operators: every observed site but the head's input, since the head stays
@@ -74,7 +74,7 @@ class FakeQuantizer:
 
     weights: ModelWeights
     quantized: ModelWeights
-    scales: Mapping[str, float]
+    scales: Mapping[str, Scale]
     backend: Backend
     errors: Errors
 
@@ -110,7 +110,7 @@ class FakeQuantizer:
             blocks.append(_mixed(block, coarse, names))
         ends = self.quantized if chosen(TABLES, None) else self.weights
         weights = replace(self.weights, blocks=tuple(blocks), embedding=ends.embedding, lm_head=ends.lm_head)
-        grids: dict[str, list[tuple[slice, float | None]]] = {}
+        grids: dict[str, list[tuple[slice, Scale | None]]] = {}
         for layer in range(self.config.n_layer):
             for site in ACTIVATIONS:
                 key = sites.site_key(site, layer)
@@ -159,7 +159,7 @@ class FakeQuantizedModel:
         grids: site key → the channels that are put on a grid, with its scale, or None for one scale a token.
     """
 
-    def __init__(self, model: Mamba, grids: Mapping[str, list[tuple[slice, float | None]]]) -> None:
+    def __init__(self, model: Mamba, grids: Mapping[str, list[tuple[slice, Scale | None]]]) -> None:
         self._model = model
         self._state_scales = {
             int(key.split(".")[1]): scale
@@ -226,7 +226,7 @@ def fake_quantizer(
     config: MambaConfig,
     load: Load,
     recipe: Recipe,
-    scales: Mapping[str, float],
+    scales: Mapping[str, Scale],
     backend: Backend,
     *,
     on_layer: Callable[[], None] = lambda: None,
@@ -245,7 +245,8 @@ def fake_quantizer(
     errors: Errors = {}
     blocks = []
     for layer, block in enumerate(weights.blocks):
-        blocks.append(_coarse_block(block, recipe, layer, errors))
+        u_scale = scales[sites.site_key(sites.X_PROJ_INPUT, layer)]
+        blocks.append(_coarse_block(block, recipe, layer, u_scale, errors))
         on_layer()
     ends = _coarse_ends(config, load, recipe, backend, errors)
     quantized = replace(weights, blocks=tuple(blocks), embedding=ends.embedding, lm_head=ends.lm_head)
@@ -268,7 +269,13 @@ def _mixed(block: BlockWeights, coarse: BlockWeights, names: Collection[str]) ->
     )
 
 
-def _coarse_block(block: BlockWeights, recipe: Recipe, layer: int, errors: Errors) -> BlockWeights:
+def _coarse_block(
+    block: BlockWeights, recipe: Recipe, layer: int, u_scale: Scale, errors: Errors
+) -> BlockWeights:
+    # Where each channel of u has a scale, x_proj's columns are rounded together with them.
+    columns = u_scale if isinstance(u_scale, torch.Tensor) else torch.ones(())
+    columns = columns.to(block.D.device)
+
     def coarse(module: str, weight: torch.Tensor) -> torch.Tensor:
         name = f"layers.{layer}.{module}"
         projection = module in ("in_proj", "out_proj")
@@ -281,7 +288,7 @@ def _coarse_block(block: BlockWeights, recipe: Recipe, layer: int, errors: Error
         block,
         in_proj=replace(block.in_proj, weight=coarse("in_proj", block.in_proj.matrix)),
         conv_weight=coarse("conv1d", block.conv_weight),
-        x_proj=replace(block.x_proj, weight=coarse("x_proj", block.x_proj.matrix)),
+        x_proj=replace(block.x_proj, weight=coarse("x_proj", block.x_proj.matrix * columns) / columns),
         dt_proj=replace(block.dt_proj, weight=coarse("dt_proj", block.dt_proj.matrix)),
         out_proj=replace(block.out_proj, weight=coarse("out_proj", block.out_proj.matrix)),
     )
