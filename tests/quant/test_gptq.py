@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmamba_cli.errors import CheckpointError, ShapeError
+from qmamba_cli.quant import gptq
 from qmamba_cli.quant.gptq import DAMPING, least_squares_weight, quantize_groups_gptq, second_moments
 from qmamba_cli.quant.weights import GroupQuantized, quantize_groups
 
@@ -51,6 +52,35 @@ def test_feedback_halves_the_loss_of_correlated_inputs():
     fresh = inputs(2000, 128, 4)[:500] + 0.1 * torch.randn(500, 128, generator=torch.manual_seed(5))
     ours, theirs = (float(((one.dequantize() - weight) @ fresh.t()).square().sum()) for one in (fed, plain))
     assert ours < 0.5 * theirs
+
+
+def test_every_order_of_the_columns_and_every_round_over_the_groups_pays(monkeypatch):
+    weight, moments = matrix(64, 96, 21), moments_of(inputs(500, 96, 22))
+    every = gptq._orders
+
+    def loss() -> float:
+        fed = quantize_groups_gptq(weight, moments, 32)
+        return float(damped_loss(weight, fed.dequantize(), moments).sum())
+
+    with_all = loss()
+    monkeypatch.setattr(gptq, "_orders", lambda diagonal: every(diagonal)[:1])
+    with_one = loss()
+    monkeypatch.setattr(gptq, "_ROUNDS", 0)
+    without_rounds = loss()
+    assert with_all < 0.99 * with_one < 0.98 * without_rounds
+
+
+def test_an_order_rounds_the_same_columns():
+    weight, moments = matrix(5, 24, 23).double(), moments_of(inputs(200, 24, 24))
+    hessian, scale = gptq._damped(moments), torch.full((5,), 0.02, dtype=torch.float64)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(25))
+    found = gptq._fed(weight, hessian, order, scale, 8)
+    turned = gptq._fed(weight[:, order], hessian[order][:, order], torch.arange(24), scale, 24)
+    # One group of all columns has no place in the order.
+    alone = gptq._fed(weight, hessian, order, scale, 24)
+    assert torch.equal(alone.codes[:, order], turned.codes)
+    assert torch.equal(alone.multiplier, turned.multiplier)
+    assert found.multiplier.shape == (5, 3)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])

@@ -12,14 +12,20 @@ from command_line import done
 from test_stages_coverage import as_version_1
 
 from qmamba_cli.artifacts.calibration import read_calibration
+from qmamba_cli.artifacts.checkpoint import open_checkpoint
 from qmamba_cli.artifacts.quantized import read_quantized, write_quantized
 from qmamba_cli.errors import ArtifactError, UsageError
+from qmamba_cli.kernels.backend import CPU
+from qmamba_cli.model.block import block_forward
+from qmamba_cli.model.prepare import float_model
 from qmamba_cli.model.quantize import Recipe
 from qmamba_cli.modes import DEFAULT_MODE, MODES
+from qmamba_cli.quant.observers import ObserverSet, Reduction
 from qmamba_cli.resources import calib_data_path
 from qmamba_cli.sites import ObserverKind
 from qmamba_cli.stages.calibrate import CalibrateOptions, calibrate
 from qmamba_cli.stages.export import ExportOptions, export
+from qmamba_cli.stages.recipes import FittedBlocks, best_scales
 from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_task
 
 
@@ -140,6 +146,28 @@ def test_every_mode_runs_with_a_scale_a_channel_and_the_equal_ones_are_equal(sma
     assert torch.equal(hidden["2-0"], hidden["0"])
     assert torch.equal(hidden["2-3"], hidden["2-1"]) and torch.equal(hidden["2-2"], hidden["2-1"])
     assert not torch.equal(hidden["2-4"], hidden["2-2"])
+
+
+def test_tokens_are_weighed_by_the_last_residual(small: Path) -> None:
+    calibration = read_calibration(small / "calibration")
+    checkpoint = open_checkpoint(calibration.manifest.model.source)
+    observers = ObserverSet.from_arrays(
+        calibration.statistics, checkpoint.config.n_layer, alpha=0.9995, reduction=Reduction.GLOBAL
+    )
+    scales, _ = best_scales(observers, calibration.coverage)
+    tokens = np.arange(3 * 8, dtype=np.int32).reshape(3, 8) % checkpoint.config.vocab_size
+    recipe = Recipe(method="best", group_size=16)
+    fitted = FittedBlocks(checkpoint.config, checkpoint.load, recipe, scales, tokens, CPU, batch_size=2)
+    weights = float_model(checkpoint.config, checkpoint.load)
+    residual = weights.embedding[torch.from_numpy(tokens.astype(np.int64))]
+    for block in weights.blocks:
+        residual, _ = block_forward(
+            block, MODES["fp"], CPU, residual, None, norm_eps=checkpoint.config.norm_eps
+        )
+    wanted = 1 / (residual.square().mean(dim=-1, keepdim=True) + checkpoint.config.norm_eps)
+    got = torch.cat(fitted._roots).square()
+    assert torch.allclose(got, wanted / wanted.mean(), rtol=1e-4)
+    assert float(got.max() / got.min()) > 1.5, "the tokens must differ"
 
 
 def test_an_ignored_projection_keeps_eight_bits(small: Path) -> None:

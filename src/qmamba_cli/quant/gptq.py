@@ -6,12 +6,12 @@ are chosen for the same loss, and the stored matrix is read by the same kernels 
 
 Results are the same bits on one machine with one thread count; they may part in single codes elsewhere.
 
-Source: Frantar et al., "GPTQ" (2023), algorithm 1; the multipliers, the coordinate sweeps behind it and the
-refitted row scale are ours.
+Source: Frantar et al., "GPTQ" (2023), algorithm 1, in several orders of the columns; the multipliers, the
+coordinate sweeps behind it and the refitted row scale are ours.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -32,8 +32,10 @@ DAMPING = 0.01
 _RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 # Row scales that are tried, as shares of the one that holds the row's largest value.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
-# Rounds of coordinate descent after the feedback.
+# Rounds of coordinate descent after the feedback in each order.
 _SWEEPS = 2
+# Rounds over the groups of the best result.
+_ROUNDS = 2
 # Columns whose feedback is spread at once.
 _BLOCK = 128
 
@@ -137,20 +139,18 @@ def quantize_groups_gptq(
             hint="the float model breaks down on the calibration text; check the checkpoint's weights",
         )
     target = weight.detach().to(torch.float32).to(torch.float64)
-    hessian, factor = _factored(moments.to(torch.float64))
-    scale = _row_scales(target, factor, group_size)
-    codes, multiplier = _feedback(target, factor, scale, group_size)
-    wide = multiplier.repeat_interleave(group_size, dim=1)[:, :k]
-    for _ in range(_SWEEPS):
-        _sweep(target, hessian, codes, scale.unsqueeze(1) * wide)
-        scale = _refitted(target, hessian, codes * wide, scale)
-    fed = GroupQuantized(
-        codes=codes.to(torch.int8),
-        multiplier=multiplier.to(torch.uint8),
-        scale=scale.to(torch.float32),
-        group_size=group_size,
-    )
-    worse = _loss(target, hessian, fed) > _loss(target, hessian, plain)
+    hessian = _damped(moments.to(torch.float64))
+    scale = _row_scales(target, _importance(hessian), group_size)
+    best = None
+    for order in _orders(hessian.diagonal()):
+        found = _fed(target, hessian, order, scale, group_size).descended(target, hessian, _SWEEPS)
+        best = found if best is None else best.or_better(found, target, hessian)
+    assert best is not None, "there are orders"
+    for _ in range(_ROUNDS):
+        best = best.regrouped(target, hessian).descended(target, hessian, 1)
+    fed = best.descended(target, hessian, 1).stored()
+    ours, theirs = (_losses(target - row.dequantize().to(torch.float64), hessian) for row in (fed, plain))
+    worse = ours > theirs
     return GroupQuantized(
         codes=torch.where(worse.unsqueeze(1), plain.codes, fed.codes),
         multiplier=torch.where(worse.unsqueeze(1), plain.multiplier, fed.multiplier),
@@ -159,11 +159,108 @@ def quantize_groups_gptq(
     )
 
 
-def _factored(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The damped H, and the upper Cholesky factor of its inverse; both (k, k) float64."""
-    hessian = _damped(moments)
+class _Candidate(NamedTuple):
+    """A matrix on the grid while it is sought; float64.
+
+    Attributes:
+        codes: (rows, k).
+        multiplier: (rows, g).
+        scale: (rows,), float32 values.
+        group_size: columns of a group.
+    """
+
+    codes: torch.Tensor
+    multiplier: torch.Tensor
+    scale: torch.Tensor
+    group_size: int
+
+    @property
+    def integers(self) -> torch.Tensor:
+        """Multiplier times code, (rows, k)."""
+        return self.codes * self._wide
+
+    @property
+    def _wide(self) -> torch.Tensor:
+        k = self.codes.shape[1]
+        return self.multiplier.repeat_interleave(self.group_size, dim=1)[:, :k]
+
+    def losses(self, target: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+        """Loss of each row, (rows,)."""
+        return _losses(target - self.integers * self.scale.unsqueeze(1), hessian)
+
+    def descended(self, target: torch.Tensor, hessian: torch.Tensor, sweeps: int) -> "_Candidate":
+        """After rounds of coordinate descent, each with the row scales that fit its codes best."""
+        found = self
+        for _ in range(sweeps):
+            codes = _swept(target, hessian, found.codes, found.scale.unsqueeze(1) * found._wide)
+            found = found._replace(codes=codes)
+            found = found._replace(scale=_refitted(target, hessian, found.integers, found.scale))
+        return found
+
+    def or_better(self, other: "_Candidate", target: torch.Tensor, hessian: torch.Tensor) -> "_Candidate":
+        """Row by row the one with the smaller loss, this one of equals."""
+        better = other.losses(target, hessian) < self.losses(target, hessian)
+        return _Candidate(
+            codes=torch.where(better.unsqueeze(1), other.codes, self.codes),
+            multiplier=torch.where(better.unsqueeze(1), other.multiplier, self.multiplier),
+            scale=torch.where(better, other.scale, self.scale),
+            group_size=self.group_size,
+        )
+
+    def regrouped(self, target: torch.Tensor, hessian: torch.Tensor) -> "_Candidate":
+        """Group after group with the neighbouring multipliers tried, the rest of the row as it is."""
+        codes, multiplier, k = self.codes.clone(), self.multiplier.clone(), self.codes.shape[1]
+        for group, first in enumerate(range(0, k, self.group_size)):
+            part = slice(first, min(first + self.group_size, k))
+            left = target - _Candidate(codes, multiplier, self.scale, self.group_size).integers * (
+                self.scale.unsqueeze(1)
+            )
+            left[:, part] = 0
+            own = hessian[part, part]
+            # What the group should be to make up for the others.
+            wanted = target[:, part] + torch.linalg.solve(own, (left @ hessian[:, part]).t()).t()
+            factor = _factor(own)
+            tried = [(multiplier[:, group], codes[:, part])]
+            for change in (-1, 0, 1):
+                candidate = (self.multiplier[:, group] + change).clamp(1, MULTIPLIER_MAX)
+                step = (self.scale * candidate).unsqueeze(1).expand_as(wanted)
+                tried.append((candidate, _rounded(wanted, factor, step)))
+            losses = torch.stack(
+                [_losses(wanted - some * (self.scale * m).unsqueeze(1), own) for m, some in tried]
+            )
+            for row, (m, some) in enumerate(tried[1:], start=1):
+                chosen = losses.argmin(dim=0) == row
+                multiplier[:, group] = torch.where(chosen, m, multiplier[:, group])
+                codes[:, part] = torch.where(chosen.unsqueeze(1), some, codes[:, part])
+        return self._replace(codes=codes, multiplier=multiplier)
+
+    def stored(self) -> GroupQuantized:
+        """In the dtypes of the format."""
+        return GroupQuantized(
+            codes=self.codes.to(torch.int8),
+            multiplier=self.multiplier.to(torch.uint8),
+            scale=self.scale.to(torch.float32),
+            group_size=self.group_size,
+        )
+
+
+def _orders(diagonal: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Orders in which columns are rounded: as they lie, backwards, and by their inputs' power either way."""
+    falling = torch.argsort(diagonal, descending=True, stable=True)
+    plain = torch.arange(diagonal.shape[0], device=diagonal.device)
+    return plain, plain.flip(0), falling, falling.flip(0)
+
+
+def _factor(hessian: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of H, (k, k) float64."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return hessian, torch.linalg.cholesky(inverse, upper=True)
+    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
+
+
+def _importance(hessian: torch.Tensor) -> torch.Tensor:
+    """What an error in each column costs when those behind it make up for it, (k,) float64."""
+    return _factor(hessian).diagonal().square().reciprocal()
 
 
 def _damped(moments: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
@@ -173,9 +270,8 @@ def _damped(moments: torch.Tensor, share: float = DAMPING) -> torch.Tensor:
     return moments + damping * torch.eye(moments.shape[0], dtype=torch.float64, device=moments.device)
 
 
-def _row_scales(target: torch.Tensor, factor: torch.Tensor, group_size: int) -> torch.Tensor:
+def _row_scales(target: torch.Tensor, importance: torch.Tensor, group_size: int) -> torch.Tensor:
     """The best of the shrunken row scales, (rows,) float64 with float32 values."""
-    importance = factor.diagonal().square().reciprocal()
     holding = (target.abs().amax(dim=1) / (CODE_MAX * MULTIPLIER_MAX)).clamp_min(MIN_SCALE)
     chosen, least = holding, torch.full_like(holding, torch.inf)
     for share in _SHRINK:
@@ -204,32 +300,45 @@ def _best_multipliers(
     return chosen, least
 
 
-def _feedback(
-    target: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (rows, k) and multipliers (rows, g), float64; a group chooses when the feedback reaches it."""
-    rows, k = target.shape
-    importance = factor.diagonal().square().reciprocal()
-    rest, codes, multipliers = target.clone(), torch.empty_like(target), []
-    for group in range(0, k, group_size):
-        end = min(group + group_size, k)
-        multiplier = _best_multipliers(rest[:, group:end], scale, importance[group:end])[0]
-        multipliers.append(multiplier)
-        step = scale * multiplier
-        for first in range(group, end, _BLOCK):
-            last = min(first + _BLOCK, end)
-            errors = torch.empty(rows, last - first, dtype=target.dtype, device=target.device)
-            for j in range(first, last):
-                codes[:, j] = (rest[:, j] / step).round_().clamp_(CODE_MIN, CODE_MAX)
-                error = (rest[:, j] - codes[:, j] * step) / factor[j, j]
-                rest[:, j + 1 : last] -= error.unsqueeze(1) * factor[j, j + 1 : last]
-                errors[:, j - first] = error
-            rest[:, last:] -= errors @ factor[first:last, last:]
-    return codes, torch.stack(multipliers, dim=1)
+def _fed(
+    target: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, scale: torch.Tensor, group_size: int
+) -> _Candidate:
+    """Rounded in one order of the columns, with the multipliers that suit it."""
+    factor = _factor(hessian[order][:, order])
+    importance = torch.empty_like(factor.diagonal())
+    importance[order] = factor.diagonal().square().reciprocal()
+    starts = range(0, target.shape[1], group_size)
+    parts = (slice(first, first + group_size) for first in starts)
+    multiplier = torch.stack(
+        [_best_multipliers(target[:, part], scale, importance[part])[0] for part in parts], dim=1
+    )
+    found = _Candidate(torch.empty_like(target), multiplier, scale, group_size)
+    step = scale.unsqueeze(1) * found._wide
+    found.codes[:, order] = _rounded(target[:, order], factor, step[:, order])
+    return found
 
 
-def _sweep(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, step: torch.Tensor) -> None:
-    """One round over the columns, each given its best codes while the others stay; changes ``codes``."""
+def _rounded(wanted: torch.Tensor, factor: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """Codes of each column in turn, its error made up for in those behind it; (rows, k) float64."""
+    rows, k = wanted.shape
+    rest, codes = wanted.clone(), torch.empty_like(wanted)
+    for first in range(0, k, _BLOCK):
+        last = min(first + _BLOCK, k)
+        errors = torch.empty(rows, last - first, dtype=wanted.dtype, device=wanted.device)
+        for j in range(first, last):
+            codes[:, j] = (rest[:, j] / step[:, j]).round_().clamp_(CODE_MIN, CODE_MAX)
+            error = (rest[:, j] - codes[:, j] * step[:, j]) / factor[j, j]
+            rest[:, j + 1 : last] -= error.unsqueeze(1) * factor[j, j + 1 : last]
+            errors[:, j - first] = error
+        rest[:, last:] -= errors @ factor[first:last, last:]
+    return codes
+
+
+def _swept(
+    target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, step: torch.Tensor
+) -> torch.Tensor:
+    """The codes after one round over the columns, each given its best while the others stay."""
+    codes = codes.clone()
     gradient = (target - codes * step) @ hessian
     diagonal = hessian.diagonal()
     for first in range(0, target.shape[1], _BLOCK):
@@ -242,6 +351,7 @@ def _sweep(target: torch.Tensor, hessian: torch.Tensor, codes: torch.Tensor, ste
             codes[:, j] = wanted
             gradient[:, j:last] -= moved[:, j - first].unsqueeze(1) * hessian[j, j:last]
         gradient[:, last:] -= moved @ hessian[first:last, last:]
+    return codes
 
 
 def _refitted(
@@ -254,9 +364,8 @@ def _refitted(
     return _as_float32(torch.where((below > 0) & (fitted > MIN_SCALE), fitted, scale))
 
 
-def _loss(target: torch.Tensor, hessian: torch.Tensor, matrix: GroupQuantized) -> torch.Tensor:
+def _losses(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Loss of each row, (rows,) float64."""
-    difference = target - matrix.dequantize().to(torch.float64)
     return ((difference @ hessian) * difference).sum(dim=1)
 
 
