@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from calibrations import calibrated, small_text
-from command_line import done
+from command_line import done, qmamba, refused
 from test_stages_coverage import as_version_1
 
 from qmamba_cli.artifacts.calibration import read_calibration
 from qmamba_cli.artifacts.checkpoint import open_checkpoint
 from qmamba_cli.artifacts.quantized import read_quantized, write_quantized
 from qmamba_cli.errors import ArtifactError, UsageError
+from qmamba_cli.html.artifacts import quantized_blocks
+from qmamba_cli.html.page import Text
 from qmamba_cli.kernels.backend import CPU
 from qmamba_cli.model.block import block_forward
 from qmamba_cli.model.prepare import float_model
@@ -25,6 +27,7 @@ from qmamba_cli.resources import calib_data_path
 from qmamba_cli.sites import ObserverKind
 from qmamba_cli.stages.calibrate import CalibrateOptions, calibrate
 from qmamba_cli.stages.export import ExportOptions, export
+from qmamba_cli.stages.inspect import inspect
 from qmamba_cli.stages.recipes import FittedBlocks, best_scales
 from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_task
 
@@ -87,6 +90,34 @@ def test_every_channel_of_u_has_the_scale_that_holds_its_largest_value(small: Pa
     half_a_step = artifact.tensor("layers.0.x_proj.scale").double()[:, None] / 2 / scales
     half_a_step += plain.tensor("layers.0.x_proj.scale").double()[:, None] / 2
     assert bool(((real / scales - expected).abs() <= 1.001 * half_a_step).all())
+
+
+def test_what_looks_at_a_file_shows_the_recipe_and_the_channels(small: Path) -> None:
+    plain, best = (
+        exported(small, f"shown-{method}", method=method, w_bits=8) for method in ("plain", "best")
+    )
+    shown = done("inspect", best, cwd=small).out
+    assert "best recipe" in shown and shown.count("minmax, each of 64") == 2
+    assert "each of" not in done("inspect", plain, cwd=small).out
+    changes = done("diff", plain, best, "--json", cwd=small).json()
+    assert {"name": "quantization.recipe", "a": "plain", "b": "best"} in changes["options"]
+    (scales,) = (row for row in changes["tensors"] if row["name"] == "scales.x_proj:input")
+    assert (scales["change"], scales["a"], scales["b"]) == ("form", "F32 [2]", "F32 [2, 64]")
+    (text,) = (block.text for block in quantized_blocks(inspect(best).to_dict()) if isinstance(block, Text))
+    assert "W8A8, best recipe" in text and "a scale for each of 64 channels" in text
+
+
+def test_another_quantile_is_refused_where_every_channel_has_a_scale(small: Path) -> None:
+    best = exported(small, "swept", w_bits=8)
+    asked = ("compare", "--checkpoint", best, "--workdir", small, "--task", "lastword", "--limit", 2)
+    refused(qmamba(*asked, "--alpha", "0.999", cwd=small), 2, "one clip for all channels of u")
+    # The weights are quantized anew with the columns that the file's scales ask for.
+    model = read_quantized(best).manifest.model.source
+    coarse = exported(small, "swept-4", w_bits=4, group_size=128)
+    rest = (*asked[3:], "--modes", "0", "--baseline", model, "--json")
+    finer = done("compare", "--checkpoint", coarse, *rest, "--w-bits", 8, cwd=small).json()["modes"]
+    modes = done("compare", "--checkpoint", best, *rest, cwd=small).json()["modes"]
+    assert finer["0+w_bits=8"]["kl_mean"] == modes["0"]["kl_mean"]
 
 
 def test_a_calibration_of_version_1_gives_one_scale_and_says_so(tmp_path: Path) -> None:

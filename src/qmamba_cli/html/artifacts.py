@@ -93,9 +93,12 @@ def quantized_blocks(record: Mapping[str, Any]) -> list[Block]:
     how = manifest["quantization"]
     total = sum(part["bytes"] for part in record["parts"])
     group = "one scale a row" if how["group_size"] is None else f"groups of {how['group_size']}"
+    recipe = f", {how['recipe']} recipe" if how.get("recipe") else ""
+    shape = manifest["tensors"].get("scales.x_proj:input", {}).get("shape", ())
+    channels = f", u with a scale for each of {shape[1]} channels" if len(shape) == 2 else ""
     text = (
-        f"W{how['w_bits']}A8, {group}, embedding {how['embedding_bits']} bits, alpha {how['alpha']:g}; "
-        f"{size(total)} in {len(manifest['tensors'])} tensors, "
+        f"W{how['w_bits']}A8{recipe}, {group}{channels}, embedding {how['embedding_bits']} bits, "
+        f"alpha {how['alpha']:g}; {size(total)} in {len(manifest['tensors'])} tensors, "
         f"{number(real(record['bits_per_weight']))} bits a weight; qmamba {manifest['tool_version']}."
     )
     if how["ignore"]:
