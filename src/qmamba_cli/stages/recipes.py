@@ -24,7 +24,7 @@ from qmamba_cli.model.prepare import Load, float_block, float_model, rotate_inpu
 from qmamba_cli.model.quantize import Recipe, block_tensors, group_tensors, quantized_block
 from qmamba_cli.model.weights import BlockWeights, on_device
 from qmamba_cli.modes import DEFAULT_MODE, MODES
-from qmamba_cli.progress import Progress
+from qmamba_cli.progress import Progress, silent
 from qmamba_cli.quant.clipping import least_error_absmax
 from qmamba_cli.quant.gptq import Moments, least_squares_weight, quantize_groups_gptq, second_moments
 from qmamba_cli.quant.grid import CHANNEL_SCALES, QMAX, Scale, dequantize, scale_from_absmax
@@ -161,7 +161,7 @@ def fitted_blocks(
         return None
     backend = select_backend(options.device)
     tokens = calibration_samples(checkpoint, manifest, backend, offline=options.offline, progress=progress)
-    return iter(FittedBlocks(config, checkpoint.load, recipe, scales, tokens, backend))
+    return iter(FittedBlocks(config, checkpoint.load, recipe, scales, tokens, backend, progress=progress))
 
 
 class FittedBlocks:
@@ -183,6 +183,7 @@ class FittedBlocks:
         tokens: (n, seqlen) of the calibration's text.
         backend: the operators.
         batch_size: windows a forward pass.
+        progress: of the float model's run before the first block.
     """
 
     def __init__(
@@ -195,6 +196,7 @@ class FittedBlocks:
         backend: Backend,
         *,
         batch_size: int = 8,
+        progress: Progress = silent,
     ) -> None:
         self._config = config
         self._load = load
@@ -202,28 +204,30 @@ class FittedBlocks:
         self._scales = scales
         self._backend = backend
         table = load("backbone.embeddings.weight")
+        batches = torch.from_numpy(tokens.astype(np.int64)).split(batch_size)  # type: ignore[no-untyped-call]
+        self._float = [self._embedded(table, ids, coarse=False) for ids in batches]
+        # Before there is a second stream: this needs one of its own.
+        self._roots = self._token_roots(progress)
         coarse = recipe.table_bits("embeddings") == 8
-        self._float: list[torch.Tensor] = []
-        self._coarse: list[torch.Tensor] = []
-        for ids in torch.from_numpy(tokens.astype(np.int64)).split(batch_size):  # type: ignore[no-untyped-call]
-            rows = table[ids.flatten()].to(torch.float32)
-            self._float.append(self._residual(rows, ids))
-            stored = quantize_rows(rows, name="embeddings").dequantize() if coarse else rows
-            self._coarse.append(self._residual(stored, ids))
-        self._roots = [root.to(self._backend.device) for root in self._token_roots()]
+        self._coarse = [self._embedded(table, ids, coarse=coarse) for ids in batches]
 
-    def _token_roots(self) -> list[torch.Tensor]:
+    def _token_roots(self, progress: Progress) -> list[torch.Tensor]:
         """Square roots of the tokens' weights, (b, l, 1) a batch; their squares are 1 on average."""
-        with torch.inference_mode():
+        with torch.inference_mode(), progress("weighing tokens", self._config.n_layer) as advance:
             last = list(self._float)
             for layer in range(self._config.n_layer):
                 block = on_device(float_block(self._config, self._load, layer), self._backend.device)
                 last = [self._run(block, "fp", batch)[0] for batch in last]
+                advance(1)
             squares = [x.square().mean(dim=-1, keepdim=True) + self._config.norm_eps for x in last]
         mean = torch.cat([x.reciprocal().flatten() for x in squares]).mean(dtype=torch.float64).float()
         return [(x * mean).rsqrt() for x in squares]
 
-    def _residual(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def _embedded(self, table: torch.Tensor, ids: torch.Tensor, *, coarse: bool) -> torch.Tensor:
+        """The residual (b, l, d_model) that the blocks start from."""
+        rows = table[ids.flatten()].to(torch.float32)
+        if coarse:
+            rows = quantize_rows(rows, name="embeddings").dequantize()
         return rotate_inputs(rows).view(*ids.shape, -1).to(self._backend.device)
 
     def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
