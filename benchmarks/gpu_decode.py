@@ -197,7 +197,7 @@ def same_bits(model: Model, batch: int) -> bool:
 
 
 def variants(packed: PackedBlock, batch: int) -> Iterator[tuple[str, DecodePlan]]:
-    memory = cuda._shared_memory(packed.device)
+    memory = cuda.shared_memory(packed.device)
     for options in SWEEP:
         yield describe(options), make_plan(packed, batch, memory, **options)
     for changed in REPLACED:

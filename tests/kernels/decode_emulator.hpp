@@ -29,8 +29,10 @@ struct float2 { float x, y; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(16) uint4 { unsigned int x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
 struct Index { int x = 0, y = 0, z = 0; };
 inline uint2 make_uint2(unsigned int x, unsigned int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned int x, unsigned int y, unsigned int z, unsigned int w) { return {x, y, z, w}; }
 
 constexpr int SHARED_LIMIT = 227 * 1024, CANARY = 4096, STACK = 64 * 1024;
@@ -47,6 +49,7 @@ struct Thread {
   bool waited = false;        // for the producers
   long barriers = 0;          // of the block
   long exchanges = 0;         // of the warp
+  long meetings = 0;          // of some warps
   int group = 0;              // of copies, the open one
   std::deque<Copy> copies;
 };
@@ -56,7 +59,7 @@ std::vector<Thread> threads;
 std::vector<Warp> warps;
 ucontext_t scheduler;
 Thread* current = nullptr;
-Index block_index, block_size;
+Index block_index, block_size, grid_size;
 std::function<void()> body;
 bool failed = false;
 bool counted = false;  // some thread of the block has seen the producers' count
@@ -116,6 +119,7 @@ void entry() {
 inline bool run(Index grid, int block, int shared_bytes, std::function<void()> kernel) {
   body = std::move(kernel);
   block_size = {block, 1, 1};
+  grid_size = grid;
   failed = shared_bytes > SHARED_LIMIT;
   if (failed) std::fprintf(stderr, "emulator: %d bytes of shared memory\n", shared_bytes);
   threads.resize(block);
@@ -130,7 +134,7 @@ inline bool run(Index grid, int block, int shared_bytes, std::function<void()> k
         t.stack.resize(STACK);
         t.id = i;
         t.done = t.waited = false;
-        t.barriers = t.exchanges = 0;
+        t.barriers = t.exchanges = t.meetings = 0;
         t.group = 0;
         t.copies.clear();
         getcontext(&t.context);
@@ -161,6 +165,7 @@ inline bool run(Index grid, int block, int shared_bytes, std::function<void()> k
 #define threadIdx (emulator::Index_of_thread())
 #define blockIdx (emulator::block_index)
 #define blockDim (emulator::block_size)
+#define gridDim (emulator::grid_size)
 namespace emulator {
 inline Index Index_of_thread() { return {current->id, 0, 0}; }
 }
@@ -183,6 +188,12 @@ inline int __dp4a(int a, int b, int sum) {
   for (int i = 0; i < 4; i++) sum += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
   return sum;
 }
+inline unsigned int __byte_perm(unsigned int a, unsigned int b, unsigned int selector) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  unsigned int word = 0;
+  for (int i = 0; i < 4; i++) word |= static_cast<unsigned int>(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return word;
+}
 template <typename T>
 T min(T a, T b) { return a < b ? a : b; }
 
@@ -200,7 +211,23 @@ inline void copy16(void* to, const void* from) {
 }
 inline void commit_copies() { emulator::current->group++; }
 inline void wait_for_older_copies() { emulator::finish_copies(emulator::current->group - 2); }
+template <int COUNT>
+void wait_for_all_but() { emulator::finish_copies(emulator::current->group - 1 - COUNT); }
 inline void wait_for_copies() { emulator::finish_copies(emulator::current->group); }
+inline void meet_threads(int, int threads) {
+  const int first = emulator::current->id / threads * threads;
+  emulator::meet<&emulator::Thread::meetings>(first, first + threads);
+}
+inline unsigned int pack_saturated(int a, int b, int c, int d) {
+  const int values[4] = {a, b, c, d};
+  unsigned int word = 0;
+  for (int i = 0; i < 4; i++) {
+    const int8_t byte = static_cast<int8_t>(std::min(127, std::max(-128, values[i])));
+    word |= static_cast<unsigned int>(static_cast<uint8_t>(byte)) << 8 * i;
+  }
+  return word;
+}
+inline float divide_approx(float x, float y) { return x / y; }
 inline void prefetch_line(const void*) {}
 template <typename T>
 T load_fresh(const T* p) {

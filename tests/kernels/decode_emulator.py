@@ -11,6 +11,7 @@ import pytest
 from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.decode import cuda
 from qmamba_cli.kernels.decode.steps import Step
+from qmamba_cli.kernels.decode_batch import cuda as batch_cuda
 
 HERE = Path(__file__).parent
 COPIED = (
@@ -21,11 +22,15 @@ COPIED = (
     "decode_conv.cuh",
     "decode_scan.cuh",
     "decode_unpack.cuh",
+    "decode_batch_product.cuh",
+    "decode_batch_scan.cuh",
+    "decode_batch_conv.cuh",
     "decode/decode.cu",
+    "decode_batch/decode_batch.cu",
 )
 HARNESS = """
 #include "decode_ptx.cuh"
-#include "decode.cu"
+#include "SOURCE"
 #include <utility>
 namespace {
 template <typename... A, std::size_t... I>
@@ -47,9 +52,17 @@ CASES
 
 
 class Emulator:
-    """The kernels of `cuda.ENTRIES` on this machine's CPU."""
+    """The kernels of an operator on this machine's CPU.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where they are compiled.
+        entries: instances of the operator's kernels.
+        source: its source file.
+    """
+
+    def __init__(
+        self, folder: Path, entries: tuple[str, ...] = cuda.ENTRIES, source: str = cuda.SOURCE
+    ) -> None:
         compiler = shutil.which("g++")
         if compiler is None:
             pytest.skip("no g++ on this machine")
@@ -59,20 +72,27 @@ class Emulator:
         (folder / "decode_ptx.cuh").write_text((HERE / "decode_emulator.hpp").read_text())
         cases = "\n".join(
             f"    case {i}: return call({entry}, count, p, gx, gy, threads, bytes);"
-            for i, entry in enumerate(cuda.ENTRIES)
+            for i, entry in enumerate(entries)
         )
-        (folder / "harness.cpp").write_text(HARNESS.replace("CASES", cases))
+        harness = HARNESS.replace("CASES", cases).replace("SOURCE", Path(source).name)
+        (folder / "harness.cpp").write_text(harness)
+        self._entries = entries
         library = folder / "decode.so"
         flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
         subprocess.run([compiler, *flags, "-o", library, folder / "harness.cpp"], check=True)
         self._run = ctypes.CDLL(str(library)).run
+
+    @classmethod
+    def of_batch(cls, folder: Path) -> "Emulator":
+        """The kernels for many sequences."""
+        return cls(folder, batch_cuda.ENTRIES, batch_cuda.SOURCE)
 
     def run(self, steps: tuple[Step, ...]) -> None:
         for step in steps:
             values = [_launch._value(arg) for arg in step.args]
             slots, addresses = _launch._parameters(values)
             done = self._run(
-                cuda.ENTRIES.index(step.entry),
+                self._entries.index(step.entry),
                 len(values),
                 addresses,
                 step.grid[0],

@@ -70,7 +70,7 @@ def one_step(name, mode, w_bits, batch, by_channel=False, **options):
         batch=batch, d_inner=sizes["d_inner"], columns=columns, seed=3, d_conv=sizes.get("d_conv", 4)
     )
     residual = torch.randn(batch, sizes["d_model"], generator=torch.Generator().manual_seed(4))
-    chosen = make_plan(packed, batch, cuda._shared_memory(packed.device), **options)
+    chosen = make_plan(packed, batch, cuda.shared_memory(packed.device), **options)
     scratch = cuda.make_scratch(packed, batch, chosen)
     got, got_state, before = residual.cuda(), to_device(state, "cuda"), residual.clone()
     cuda.decode_block(packed, got, got_state, scratch, plan=chosen)

@@ -15,6 +15,7 @@ OPERATORS = {
     "argmax": "argmax.cuda",
     "causal_conv1d": "causal_conv1d.cuda",
     "decode": "decode.cuda",
+    "decode_batch": "decode_batch.cuda",
     "embedding": "embedding.cuda",
     "hadamard": "hadamard.cuda",
     "linear": "linear.cuda",

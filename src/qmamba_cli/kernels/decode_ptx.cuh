@@ -53,6 +53,17 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 __device__ __forceinline__ void wait_for_older_copies() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Waits for all but the newest COUNT groups.
+template <int COUNT>
+__device__ __forceinline__ void wait_for_all_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(COUNT) : "memory");
+}
+
+// Waits for the `threads` threads (whole warps of one block) that meet at this barrier, 1 to 15.
+__device__ __forceinline__ void meet_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Asks for a line in the second-level cache. It hands over no value, so it may run before `wait_for_producers`.
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -73,6 +84,17 @@ __device__ __forceinline__ void multiply_i8(int (&sums)[4], unsigned int top_0, 
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
       : "r"(top_0), "r"(low_0), "r"(top_1), "r"(low_1), "r"(b_0), "r"(b_1));
 }
+
+// Four integers, saturated to int8, the first in the lowest byte.
+__device__ __forceinline__ unsigned int pack_saturated(int a, int b, int c, int d) {
+  unsigned int upper, all;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(upper) : "r"(d), "r"(c), "r"(0));
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(b), "r"(a), "r"(upper));
+  return all;
+}
+
+// x / y within 2 ulp; 0 where y is infinite.
+__device__ __forceinline__ float divide_approx(float x, float y) { return __fdividef(x, y); }
 
 // 2^x; relative error 2^-22.5, results below 2^-126 are zero.
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -28,7 +28,7 @@ def make_scratch(packed: PackedBlock, batch: int, plan: DecodePlan | None = None
 
 def default_plan(packed: PackedBlock, batch: int) -> DecodePlan:
     """The plan of a block on the device where it lies."""
-    return make_plan(packed, batch, _shared_memory(packed.device))
+    return make_plan(packed, batch, shared_memory(packed.device))
 
 
 def decode_block(
@@ -73,7 +73,8 @@ def decode_block(
 
 
 @cache
-def _shared_memory(device: torch.device) -> SharedMemory:
+def shared_memory(device: torch.device) -> SharedMemory:
+    """Shared memory of a device."""
     properties = torch.cuda.get_device_properties(device)
     multiprocessor = properties.shared_memory_per_multiprocessor
     # The driver keeps 1 KiB of every block; older versions of torch do not tell the limit.

@@ -66,7 +66,7 @@ def decode_block(
     Source: Gu and Dao, "Mamba" (2023), figure 3; the grids are those of docs/numerics.md.
     """
     sizes = check_tensors(tensors)
-    check_state(sizes, columns, residual, state)
+    check_state(sizes, columns, residual, state, most=None)
     d, rank, n = sizes.d_inner, sizes.dt_rank, sizes.d_state
     normed = rms_norm(residual.unsqueeze(1), None, eps=norm_eps, out_scale=scales.in_proj_input)
     xz = _project(

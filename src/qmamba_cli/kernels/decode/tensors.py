@@ -218,8 +218,14 @@ def check_tensors(tensors: BlockTensors) -> Sizes:
     return Sizes(d_model, d, n, rank, taps)
 
 
-def check_state(sizes: Sizes, columns: DecodeColumns, residual: torch.Tensor, state: DecodeState) -> int:
-    """Batch size of a residual and a state that fit a block.
+def check_state(
+    sizes: Sizes,
+    columns: DecodeColumns,
+    residual: torch.Tensor,
+    state: DecodeState,
+    most: int | None = MAX_BATCH,
+) -> int:
+    """Batch size of a residual and a state that fit a block, at most ``most`` where that is given.
 
     Raises:
         ShapeError: a shape, dtype or memory order is wrong: everything is updated in place.
@@ -245,8 +251,8 @@ def check_state(sizes: Sizes, columns: DecodeColumns, residual: torch.Tensor, st
                 f"decode: `{name}` is {tensor.dtype} {tuple(tensor.shape)}, expected a contiguous "
                 f"{dtype} {shape}"
             )
-    if not 1 <= batch <= MAX_BATCH:
-        raise ShapeError(f"decode: batch is {batch}, the fused step takes 1 to {MAX_BATCH}")
+    if batch < 1 or (most is not None and batch > most):
+        raise ShapeError(f"decode: batch is {batch}, the fused step takes 1 to {most}")
     return batch
 
 

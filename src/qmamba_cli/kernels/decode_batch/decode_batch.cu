@@ -1,0 +1,373 @@
+// One token of one quantized block for many sequences, in six kernels (seven for a dynamic conv input), chained by
+// programmatic dependent launch.
+//
+//   batch_norm    residual += out_proj of the block before; RMSNorm -> int8
+//   batch_in      in_proj -> x, z; causal conv + SiLU -> u
+//   batch_conv    dynamic conv input only: the conv half of batch_in, after the scale of x is known
+//   batch_x       x_proj, sums of parts of the channels
+//   batch_scan    x_proj's sums -> int8 dt_low, B, C; dt_proj; scan step; gate; the H_HK half of the Hadamard transform
+//   batch_rotate  the S_128 half -> int8
+//   batch_out     out_proj, sums of parts of the channels
+//
+// Split    channels are numbered j hk + i for channel j + 128 i of the model, HK = hk = d_inner / 128; block j of the
+//          weights' packs (decode/pack.py) owns the channels j hk ... j hk + hk - 1 and d_model / 128 rows of out_proj.
+// Tokens   groups of `tokens` (32 or 64) rows; what follows from rows behind the last one is never read.
+// int8     (groups, units of 64 columns, tokens, 64): decode_batch_product.cuh has the order of a unit's bytes.
+// State    the kernels' own layouts, updated in place: the last three inputs of the convolution as the low bytes of a
+//          word, oldest first, zeros before them, (groups, channels, tokens); scan state (groups, channels, tokens, 16)
+//          int8 or float.
+// Numerics int32 sums exact, int8 at the places of docs/numerics.md; other arithmetic fp32 with the reference's order
+//          of rounding but for: the sum of squares, exp(x) = ex2.approx(x log2 e), SiLU's division (2 ulp), log1p as a
+//          polynomial, the sum over 16 states, the rounding of an int8 state (one fma), and the Hadamard sums. Compiled
+//          with -fmad=false. Same input, same bits: only integers are added atomically.
+// Limits   those of decode.cu, but for the tokens.
+// Source   ours; the block is Gu and Dao, "Mamba" (2023), figure 3.
+#include "numerics.cuh"
+#include "decode_ptx.cuh"
+#include "decode_turn.cuh"
+#include "decode_weights.cuh"
+#include "decode_parts.cuh"
+#include "decode_batch_product.cuh"
+#include "decode_batch_scan.cuh"
+#include "decode_batch_conv.cuh"
+
+constexpr int NORM_THREADS = 512;
+constexpr int NORM_VECTORS = 2;  // of four columns, a thread
+constexpr int X_TILES = 3;  // of 16 rows, a block of batch_x
+constexpr int X_WARPS = 4;  // each multiplies one unit of 64 channels
+
+// Grid: x: tokens. PARTS: the most parts that there are.
+template <int PARTS>
+__global__ void __launch_bounds__(NORM_THREADS)
+    batch_norm(float* residual,         // (batch, d_model), added to
+               const int* sums,         // (groups, parts, tokens, rows) of batch_out, or null
+               const float* row_scale,  // (rows,) of out_proj of the block before
+               const float* row_bias,   // (rows,)
+               signed char* codes,      // (groups, spans, tokens, 64) out, or null
+               float eps, float inv_scale, int tokens, int d_model, int spans, int rows, int parts) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  float* partial = reinterpret_cast<float*>(shared);
+  release_dependents();
+  const int group = static_cast<int>(blockIdx.x) / tokens, token = static_cast<int>(blockIdx.x) % tokens;
+  float4* row = reinterpret_cast<float4*>(residual + static_cast<int>(blockIdx.x) * d_model);
+  const int4* from = reinterpret_cast<const int4*>(sums + (group * parts * tokens + token) * rows);
+  const float4* scales = reinterpret_cast<const float4*>(row_scale);
+  const float4* biases = reinterpret_cast<const float4*>(row_bias);
+  float4 kept[NORM_VECTORS];
+  float sum = 0.0f;
+  wait_for_producers();
+#pragma unroll
+  for (int i = 0; i < NORM_VECTORS; i++) {
+    const int at = threadIdx.x + i * NORM_THREADS;
+    if (at < d_model / 4) kept[i] = load_fresh(row + at);
+  }
+#pragma unroll
+  for (int i = 0; i < NORM_VECTORS; i++) {
+    const int at = threadIdx.x + i * NORM_THREADS;
+    if (at >= d_model / 4) break;
+    float4& x = kept[i];
+    if (sums != nullptr) {
+      // All on their way before one is waited for.
+      int4 of_part[PARTS];
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        of_part[part] = part < parts ? load_fresh(from + part * tokens * (rows / 4) + at) : make_int4(0, 0, 0, 0);
+      }
+      const float4 scale = scales[at], bias = biases[at];
+      int4 total = of_part[0];
+#pragma unroll
+      for (int part = 1; part < PARTS; part++) {
+        total.x += of_part[part].x;
+        total.y += of_part[part].y;
+        total.z += of_part[part].z;
+        total.w += of_part[part].w;
+      }
+      x.x = x.x + (static_cast<float>(total.x) * scale.x + bias.x);
+      x.y = x.y + (static_cast<float>(total.y) * scale.y + bias.y);
+      x.z = x.z + (static_cast<float>(total.z) * scale.z + bias.z);
+      x.w = x.w + (static_cast<float>(total.w) * scale.w + bias.w);
+      row[at] = x;
+    }
+    sum = add_square(sum, x);
+  }
+  if (codes == nullptr) return;
+  sum = warp_sum(sum);
+  if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = sum;
+  __syncthreads();
+  sum = warp_sum(static_cast<int>(threadIdx.x % WARP) < NORM_THREADS / WARP ? partial[threadIdx.x % WARP] : 0.0f);
+  const float factor = 1.0f / sqrtf(sum / static_cast<float>(d_model) + eps);
+#pragma unroll
+  for (int i = 0; i < NORM_VECTORS; i++) {
+    const int column = 4 * (threadIdx.x + i * NORM_THREADS);
+    if (column >= d_model) break;
+    signed char* to = codes + ((group * spans + column / 64) * tokens + token) * 64 + place_of_column(column % 64);
+    *reinterpret_cast<unsigned int*>(to) = quantized_four(kept[i], factor, inv_scale);
+  }
+}
+
+// Grid: x: 128 blocks, y: groups of tokens. `tiles` of 16 rows at a time.
+template <int BITS, int SHARES>
+__global__ void __launch_bounds__(THREADS, 1)
+    batch_in(const signed char* codes,    // (groups, spans, tokens, 64)
+             const uint4* weight,         // as for decode_in
+             const uint4* multipliers,    // as for decode_in
+             const uint4* constants,      // (128, 9, hk) words, as for decode_in
+             unsigned int* history,       // (groups, 128 hk, tokens)
+             signed char* u_codes,        // (groups, 2 hk units, tokens, 64) out
+             float* u,                    // (groups, 128 hk, tokens) out
+             float* gate,                 // (groups, 128 hk, tokens) out
+             float* x_out,                // (groups, 128 hk, tokens) out; dynamic input only, else null
+             float* x_absmax,             // (groups, 128, tokens) out; dynamic input only
+             float inv_xz_scale, float z_scale, int true_u, int tokens, int hk,
+             int units, int fine, int tiles, int room) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  STAMP(0, 0)
+  release_dependents();
+  constexpr int SPANS = BITS == 8 ? 1 : 2;
+  const int parts = THREADS / WARP / (SIDES * SHARES), rows = 2 * hk, all_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  const int multiplier_bytes = all_tiles * units * (fine ? 4 : 1) * TILE_ROWS;
+  const int block = blockIdx.x, group = blockIdx.y;
+  const bool dynamic = x_out != nullptr;
+  Carver carver{shared};
+  float* shared_constants = carver.take<float>(IN_CONSTANTS * hk);
+  unsigned int* past = carver.take<unsigned int>(hk * tokens);
+  signed char* own_codes = carver.take<signed char>(tokens * hk);
+  unsigned int* absmax = carver.take<unsigned int>(tokens);
+  unsigned char* shared_multipliers = carver.take<unsigned char>(BITS == 4 ? multiplier_bytes : 0);
+  int4* partial = reinterpret_cast<int4*>(carver.next);
+  uint4* weights = carver.take<uint4>(parts * room * tiles * TILE_PIECES);
+  uint4* spans_of_tokens = carver.take<uint4>(parts * token_slots(SHARES) * tokens * ROW_PIECES);
+
+  const TiledRows of_block{rows, units};
+  Factors factors{weight + static_cast<long long>(block) * rows * units * ROW_PIECES,
+                  reinterpret_cast<const uint4*>(codes) + group * units * SPANS * tokens * ROW_PIECES,
+                  weights, spans_of_tokens, shared_multipliers, tokens, tiles, 0, 0, units * SPANS, room, fine};
+  copy_block(shared_constants, reinterpret_cast<const char*>(constants) + block * (IN_CONSTANTS * 4 * hk),
+             IN_CONSTANTS * 4 * hk);
+  for (int i = threadIdx.x; i < tokens; i += blockDim.x) absmax[i] = 0u;
+  const float *row_scale = shared_constants, *row_bias = row_scale + rows, *conv_scale = row_bias + rows + hk;
+  const float* conv_bias = conv_scale + hk;
+  const int* conv_taps = reinterpret_cast<const int*>(row_bias + rows);
+  const UGrid grid{conv_bias + hk, conv_bias + 2 * hk, true_u};
+  const int at = (group * BLOCKS + block) * hk * tokens;
+
+  for (int first_tile = 0; first_tile < all_tiles; first_tile += tiles) {
+    factors.first_row = first_tile * TILE_ROWS;
+    factors.tiles = min(tiles, all_tiles - first_tile);
+    Product<BITS, SHARES, TiledRows> product(factors, of_block);
+    product.begin();
+    if (first_tile == 0) {
+      if (BITS == 4) fill_block(shared_multipliers, multipliers, block, multiplier_bytes);
+      STAMP(0, 1)
+      wait_for_producers();
+      STAMP(0, 2)
+      if (!dynamic) copy_block(past, history + at, hk * tokens * 4);
+    }
+    product.run(partial);
+    STAMP(0, 3)
+    const int items = factors.tiles * tokens / TILE_TOKENS * WARP;
+    for (int i = threadIdx.x; i < items; i += blockDim.x) {
+      const Item item = sums_of<BITS>(partial, i, parts, items, tokens);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int row = factors.first_row + item.row + half * 8;
+        if (row >= rows) continue;
+        float2 value;
+        value.x = static_cast<float>(item.sums[2 * half]) * row_scale[row] + row_bias[row];
+        value.y = static_cast<float>(item.sums[2 * half + 1]) * row_scale[row] + row_bias[row];
+        const int channel = row < hk ? row : row - hk;
+        const int to = at + channel * tokens + item.token;
+        if (row >= hk) {
+          value.x = fast_silu(qm_dequantize(qm_quantize(value.x, inv_xz_scale), z_scale));
+          value.y = fast_silu(qm_dequantize(qm_quantize(value.y, inv_xz_scale), z_scale));
+          *reinterpret_cast<float2*>(gate + to) = value;
+        } else if (dynamic) {
+          *reinterpret_cast<float2*>(x_out + to) = value;
+          // Of floats >= 0, the order of their bits.
+          atomicMax(absmax + item.token, qm_to_bits(fabsf(value.x)));
+          atomicMax(absmax + item.token + 1, qm_to_bits(fabsf(value.y)));
+        } else {
+          const float scale = conv_scale[channel], bias = conv_bias[channel];
+          uint2 word = *reinterpret_cast<const uint2*>(past + channel * tokens + item.token);
+          word.x |= static_cast<unsigned int>(static_cast<unsigned char>(qm_quantize(value.x, inv_xz_scale))) << 24;
+          word.y |= static_cast<unsigned int>(static_cast<unsigned char>(qm_quantize(value.y, inv_xz_scale))) << 24;
+          *reinterpret_cast<uint2*>(history + to) = make_uint2(word.x >> 8, word.y >> 8);
+          signed char* own = own_codes + item.token * hk + channel;
+          const int first = __dp4a(static_cast<int>(word.x), conv_taps[channel], 0);
+          const int second = __dp4a(static_cast<int>(word.y), conv_taps[channel], 0);
+          value.x = u_of(static_cast<float>(first) * scale + bias, grid, channel, own);
+          value.y = u_of(static_cast<float>(second) * scale + bias, grid, channel, own + hk);
+          *reinterpret_cast<float2*>(u + to) = value;
+        }
+      }
+    }
+    __syncthreads();
+    STAMP(0, 4)
+  }
+  if (dynamic) {
+    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
+      x_absmax[(group * BLOCKS + block) * tokens + i] = qm_from_bits(absmax[i]);
+    }
+  } else {
+    hand_on_codes(own_codes, u_codes, tokens, hk);
+  }
+  STAMP(0, 5)
+}
+
+// Grid: x: groups of 48 rows by groups of 4 units, y: groups of TILES * 8 tokens.
+template <int TILES>
+__global__ void __launch_bounds__(X_WARPS* WARP)
+    batch_x(const signed char* u_codes,        // (groups, units, tokens, 64)
+            const unsigned int* weight,        // (16 units, x_rows) words of 4 channels
+            int* x_sums,                       // (groups, x_rows, tokens), added to
+            const float* newest,               // (groups, tokens), or null
+            float* history_scale,              // (groups, tokens, 4), moved on by one token, or null
+            int x_rows, int units, int row_groups) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  release_dependents();
+  constexpr int TOKENS = TILES * TILE_TOKENS, WORDS = 16;  // of a unit
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = blockIdx.y;
+  const int first_row = static_cast<int>(blockIdx.x) % row_groups * (X_TILES * TILE_ROWS);
+  const int unit = static_cast<int>(blockIdx.x) / row_groups * X_WARPS + warp;
+  // Words 2 q and 2 q + 1 of each half of the unit, rows g and g + 8.
+  unsigned int w[X_TILES][2][2][2];
+#pragma unroll
+  for (int tile = 0; tile < X_TILES; tile++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const int step = i / 4, word = step * 8 + lane % 4 * 2 + i / 2 % 2, half = i % 2;
+      const int row = first_row + tile * TILE_ROWS + half * 8 + lane / 4;
+      w[tile][step][i / 2 % 2][half] =
+          unit < units && row < x_rows ? weight[(unit * WORDS + word) * x_rows + row] : 0u;
+    }
+  }
+  wait_for_producers();
+  if (history_scale != nullptr && blockIdx.x == 0 && static_cast<int>(threadIdx.x) < TOKENS) {
+    float* scales = history_scale + (group * TOKENS + threadIdx.x) * TAPS;
+    const float older = load_fresh(scales + 1), old = load_fresh(scales + 2);
+    scales[0] = older;
+    scales[1] = old;
+    scales[2] = load_fresh(newest + group * TOKENS + threadIdx.x);
+  }
+  const uint4* from = reinterpret_cast<const uint4*>(u_codes) + (group * units + min(unit, units - 1)) * TOKENS * 4 + lane;
+  uint4 x[TILES];
+#pragma unroll
+  for (int n = 0; n < TILES; n++) x[n] = load_fresh(from + n * WARP);
+  int4* partial = reinterpret_cast<int4*>(shared);
+#pragma unroll
+  for (int tile = 0; tile < X_TILES; tile++) {
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      int s[4] = {};
+      multiply_i8(s, w[tile][0][0][0], w[tile][0][0][1], w[tile][0][1][0], w[tile][0][1][1], x[n].x, x[n].y);
+      multiply_i8(s, w[tile][1][0][0], w[tile][1][0][1], w[tile][1][1][0], w[tile][1][1][1], x[n].z, x[n].w);
+      partial[((warp * X_TILES + tile) * TILES + n) * WARP + lane] = make_int4(s[0], s[1], s[2], s[3]);
+    }
+  }
+  __syncthreads();
+  constexpr int ITEMS = X_TILES * TILES * WARP;
+  for (int i = threadIdx.x; i < ITEMS; i += X_WARPS * WARP) {
+    const Item item = sums_of<8>(partial, i, X_WARPS, ITEMS, TOKENS);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int row = first_row + item.row + k / 2 * 8;
+      if (row < x_rows) atomicAdd(x_sums + (group * x_rows + row) * TOKENS + item.token + k % 2, item.sums[k]);
+    }
+  }
+}
+
+// Grid: x: hk by sixteens of tokens, y: groups of tokens; 128 threads.
+__global__ void __launch_bounds__(BLOCKS)
+    batch_rotate(const float* y,      // (groups, hk, 128, tokens)
+                 signed char* codes,  // (groups, 2 hk units, tokens, 64) out
+                 int* x_sums,         // cleared for the next block
+                 float factor,        // steps a unit of the sum
+                 int sums, int tokens, int sixteens, int hk) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  release_dependents();
+  float* scratch = reinterpret_cast<float*>(shared);  // (136, 16): 16 floats after every 16 rows
+  const int i = static_cast<int>(blockIdx.x) / sixteens, group = blockIdx.y;
+  const int token = threadIdx.x % SCAN_TOKENS, part = threadIdx.x / SCAN_TOKENS;
+  const int own = static_cast<int>(blockIdx.x) % sixteens * SCAN_TOKENS + token;
+  auto place = [](int j) { return (j + j / 16) * SCAN_TOKENS; };
+  wait_for_producers();
+  float v[16];
+#pragma unroll
+  for (int k = 0; k < 16; k++) v[k] = load_fresh(y + ((group * hk + i) * BLOCKS + part + 8 * k) * tokens + own);
+  const int blocks = gridDim.x * gridDim.y;
+  for (int at = (static_cast<int>(blockIdx.y) * gridDim.x + blockIdx.x) * BLOCKS + threadIdx.x; at < sums;
+       at += blocks * BLOCKS) {
+    x_sums[at] = 0;
+  }
+  sylvester<16>(v);
+#pragma unroll
+  for (int k = 0; k < 16; k++) scratch[place(part + 8 * k) + token] = v[k];
+  __syncthreads();
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int first = 8 * (2 * part + half);
+    float eight[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++) eight[k] = scratch[place(first + k) + token];
+    sylvester<8>(eight);
+    unsigned int words[2] = {};
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      words[k / 4] |= static_cast<unsigned int>(static_cast<unsigned char>(qm_round_saturate(eight[k] * factor)))
+                      << (8 * (k % 4));
+    }
+    const int unit = (group * hk + i) * 2 + first / 64;
+    *reinterpret_cast<uint2*>(codes + (unit * tokens + own) * 64 + place_of_column(first % 64)) =
+        make_uint2(words[0], words[1]);
+  }
+}
+
+// Grid: x: groups of `packs` blocks of rows by `parts` of the columns, y: groups of tokens.
+template <int BITS, int SHARES>
+__global__ void __launch_bounds__(THREADS, 1)
+    batch_out(const signed char* codes,  // (groups, spans, tokens, 64)
+              const uint4* weight,       // as for decode_out
+              const uint4* multipliers,  // as for decode_out
+              int* sums,                 // (groups, parts, tokens, 128 rows) out
+              int tokens, int rows, int units, int fine, int packs, int parts, int room) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  STAMP(4, 0)
+  release_dependents();
+  constexpr int SPANS = BITS == 8 ? 1 : 2, COLUMN_PARTS = THREADS / WARP / (SIDES * SHARES);
+  const int group = blockIdx.y, part = static_cast<int>(blockIdx.x) % parts;
+  const int pack_group = static_cast<int>(blockIdx.x) / parts, first_pack = pack_group * packs;
+  const int multiplier_bytes = packs * ((rows + TILE_ROWS - 1) / TILE_ROWS) * units * (fine ? 4 : 1) * TILE_ROWS;
+  const int tiles = (packs * rows + TILE_ROWS - 1) / TILE_ROWS;
+  Carver carver{shared};
+  unsigned char* shared_multipliers = carver.take<unsigned char>(BITS == 4 ? multiplier_bytes : 0);
+  int4* partial = reinterpret_cast<int4*>(carver.next);
+  uint4* weights = carver.take<uint4>(COLUMN_PARTS * room * tiles * TILE_PIECES);
+  uint4* spans_of_tokens = carver.take<uint4>(COLUMN_PARTS * token_slots(SHARES) * tokens * ROW_PIECES);
+  const BlockRows of_block{packs * rows, units, rows};
+  const int spans = units * SPANS, first_span = part * spans / parts;
+  const Factors factors{weight + static_cast<long long>(first_pack) * rows * units * ROW_PIECES,
+                        reinterpret_cast<const uint4*>(codes) + group * spans * tokens * ROW_PIECES,
+                        weights, spans_of_tokens, shared_multipliers, tokens, tiles, 0, first_span,
+                        (part + 1) * spans / parts - first_span, room, fine};
+  Product<BITS, SHARES, BlockRows> product(factors, of_block);
+  product.begin();
+  if (BITS == 4) fill_block(shared_multipliers, multipliers, pack_group, multiplier_bytes);
+  STAMP(4, 1)
+  wait_for_producers();
+  STAMP(4, 2)
+  product.run(partial);
+  STAMP(4, 3)
+  const int items = tiles * tokens / TILE_TOKENS * WARP;
+  for (int i = threadIdx.x; i < items; i += THREADS) {
+    const Item item = sums_of<BITS>(partial, i, COLUMN_PARTS, items, tokens);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int row = item.row + k / 2 * 8;
+      if (row < packs * rows) {
+        sums[((group * parts + part) * tokens + item.token + k % 2) * BLOCKS * rows + first_pack * rows + row] =
+            item.sums[k];
+      }
+    }
+  }
+  STAMP(4, 4)
+}
