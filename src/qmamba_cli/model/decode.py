@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 
 from qmamba_cli.errors import UsageError
+from qmamba_cli.model import batched, fused
 from qmamba_cli.model.dense import dense_model
-from qmamba_cli.model.fused import FusedStepper, cuda_blocks, unsupported
 from qmamba_cli.model.graphs import CudaGraphs, Recorder, Replayed
 from qmamba_cli.model.mamba import Mamba, ModelState
 from qmamba_cli.model.prefill import Prefill
@@ -54,15 +54,22 @@ class ModelStepper:
         return hidden[:, -1]
 
 
+def _fused_stepper(model: Mamba, batch: int) -> Stepper | None:
+    """The step in a few kernels a layer, or None where there is none."""
+    if fused.unsupported(model, batch) is None:
+        return fused.FusedStepper(model, fused.cuda_blocks(model, batch))
+    return batched.cuda_stepper(model, batch) if batched.unsupported(model, batch) is None else None
+
+
 class Decoder:
     """Prompts and their continuation, token by token, for one model and batch size.
 
     Tokens stay on the device: each step reads the tokens of the one before. On a GPU a step is recorded as
     one CUDA graph, and neither `start` nor `step` waits for the device.
 
-    A fused step packs the model's large matrices anew, and the packed ones take their place in the model.
-    The general step of a batch on a GPU has a copy of them, expanded to one byte a weight, where half of the
-    free memory holds it.
+    A fused step, of few or of many rows, packs the model's large matrices anew, and the packed ones take
+    their place in the model. The general step on a GPU has a copy of them, expanded to one byte a weight,
+    where half of the free memory holds it.
 
     Args:
         model: the model in its mode.
@@ -87,16 +94,14 @@ class Decoder:
         if recorder is None and self.device.type == "cuda":
             recorder = CudaGraphs(self.device)
         self.batch = batch
-        fused = stepper is None and unsupported(model, batch) is None
-        if stepper is None and not fused and self.device.type == "cuda":
+        # Before the prefill, which shares the model's weights: packing replaces them.
+        stepper = stepper or _fused_stepper(model, batch)
+        if stepper is None and self.device.type == "cuda":
             model = dense_model(model)
         self._model = model
         self._vocab_size = vocab_size
         self._recorder = recorder
-        # Before the prefill, which shares the model's weights: packing replaces them.
-        self._stepper = stepper or (
-            FusedStepper(model, cuda_blocks(model, batch)) if fused else ModelStepper(model)
-        )
+        self._stepper = stepper or ModelStepper(model)
         self._prefill = Prefill(model, batch, recorder, part_length)
         self._tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self._temperature = torch.ones(1, device=self.device)

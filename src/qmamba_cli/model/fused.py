@@ -53,13 +53,24 @@ class FusedStepper:
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Every block on one residual, then the final norm."""
-        model, ends, ops = self._model, self._model.weights, self._model.backend
-        residual = ops.embedding(tokens.squeeze(1), ends.embedding, ends.embedding_scale)
-        if ends.rotate_ends:
-            residual = ops.hadamard(residual)
+        residual = embedded(self._model, tokens)
         for block, state in zip(self._blocks, self._in_place, strict=True):
             block(residual, state)
-        return ops.rms_norm(residual, None if ends.rotate_ends else ends.norm_f, eps=model.config.norm_eps)
+        return normed(self._model, residual)
+
+
+def embedded(model: Mamba, tokens: torch.Tensor) -> torch.Tensor:
+    """The residual of (b, 1) tokens, (b, d_model) float32, in the basis of the blocks."""
+    ends, ops = model.weights, model.backend
+    residual = ops.embedding(tokens.squeeze(1), ends.embedding, ends.embedding_scale)
+    return ops.hadamard(residual) if ends.rotate_ends else residual
+
+
+def normed(model: Mamba, residual: torch.Tensor) -> torch.Tensor:
+    """What lm_head reads, from the residual behind the last block."""
+    ends = model.weights
+    norm_f = None if ends.rotate_ends else ends.norm_f
+    return model.backend.rms_norm(residual, norm_f, eps=model.config.norm_eps)
 
 
 def unsupported(model: Mamba, batch: int) -> str | None:
@@ -94,13 +105,18 @@ def cuda_blocks(model: Mamba, batch: int) -> list[FusedBlock]:
     """
     from qmamba_cli.kernels.decode.cuda import decode_block, make_scratch
 
-    packed = [_packed(model, layer) for layer in range(len(model.weights.blocks))]
+    packed = packed_blocks(model)
     scratch = make_scratch(packed[0], batch)
 
     def run(layer: int, residual: torch.Tensor, state: DecodeState) -> None:
         decode_block(packed[layer], residual, state, scratch, layer=layer)
 
     return [partial(run, layer) for layer in range(len(packed))]
+
+
+def packed_blocks(model: Mamba) -> list[PackedBlock]:
+    """The packed blocks of a model, which are also where its weights are from now on."""
+    return [_packed(model, layer) for layer in range(len(model.weights.blocks))]
 
 
 def _packed(model: Mamba, layer: int) -> PackedBlock:
