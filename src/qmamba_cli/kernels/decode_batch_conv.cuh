@@ -11,7 +11,7 @@ __device__ __forceinline__ float fast_silu(float x) { return divide_approx(x, 1.
 // u of channel i from the convolution's sum a: the scan's value is returned, the code goes to `codes` (tokens, hk).
 __device__ __forceinline__ float u_of(float a, const UGrid& grid, int i, signed char* code) {
   const float v = fast_silu(a);
-  *code = qm_quantize(v, grid.inv_scale[i]);
+  *code = qm_quantize(v, __frcp_rn(grid.scale[i]));
   return grid.true_u ? v : qm_dequantize(*code, grid.scale[i]);
 }
 
@@ -30,7 +30,7 @@ __device__ __forceinline__ void hand_on_codes(const signed char* from, signed ch
 __global__ void __launch_bounds__(THREADS)
     batch_conv(const float* x,              // (groups, 128 hk, tokens)
                const float* x_absmax,       // (groups, 128, tokens)
-               const uint4* constants,      // (128, 9, hk) words, as for decode_in
+               const uint4* constants,      // (128, 8, hk) words, as for decode_in
                unsigned int* history,       // (groups, 128 hk, tokens)
                const float* history_scale,  // (groups, tokens, 4): of the last three inputs, oldest first
                float* newest,               // (groups, tokens) out: the scale of this one
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   const int* conv_taps = reinterpret_cast<const int*>(shared_constants + 4 * hk);
   const float *conv_scale = shared_constants + 5 * hk, *conv_bias = conv_scale + hk;
-  const UGrid grid{conv_bias + hk, conv_bias + 2 * hk, true_u};
+  const UGrid grid{conv_bias + hk, true_u};
   const float* scale = scales + own * TAPS;
   const float inv_scale = 1.0f / scale[TAPS - 1];
 #pragma unroll 5

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     batch_in(const signed char* codes,    // (groups, spans, tokens, 64)
              const uint4* weight,         // as for decode_in
              const uint4* multipliers,    // as for decode_in
-             const uint4* constants,      // (128, 9, hk) words, as for decode_in
+             const uint4* constants,      // (128, 8, hk) words, as for decode_in
              unsigned int* history,       // (groups, 128 hk, tokens)
              signed char* u_codes,        // (groups, 2 hk units, tokens, 64) out
              float* u,                    // (groups, 128 hk, tokens) out
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   const float *row_scale = shared_constants, *row_bias = row_scale + rows, *conv_scale = row_bias + rows + hk;
   const float* conv_bias = conv_scale + hk;
   const int* conv_taps = reinterpret_cast<const int*>(row_bias + rows);
-  const UGrid grid{conv_bias + hk, conv_bias + 2 * hk, true_u};
+  const UGrid grid{conv_bias + hk, true_u};
   const int at = (group * BLOCKS + block) * hk * tokens;
 
   for (int first_tile = 0; first_tile < all_tiles; first_tile += tiles) {

@@ -32,7 +32,7 @@ _STATES = 16
 # Shared memory of a product, beside which blocks of the kernels before and after it fit.
 _PRODUCT_BYTES = 180 * 1024
 _MOST_PARTS = 8
-_CONSTANTS = 9
+_CONSTANTS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
