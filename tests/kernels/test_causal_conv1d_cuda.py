@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.causal_conv1d import cuda, reference
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState
+from qmamba_cli.quant.grid import quantize
 
 gpu = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -245,6 +246,24 @@ def test_token_by_token_with_int8_outputs(torch_rng, kind):
     row = tolerances.GRID
     assert_grid("decode", torch.cat(parts, dim=2), wanted, share=row.share, steps=row.steps)
     assert_exact("state", state.values, last.values)
+
+
+@gpu
+@layouts
+@pytest.mark.parametrize(
+    "shape", [(1, 5120, 2048), (1, 5120, 1), (64, 5120, 1), (3, 5117, 129), (2, 264, 1023)], ids=shape_id
+)
+def test_an_int8_output_is_the_float_output_quantized(torch_rng, layout, shape):
+    # Few distinct windows, and in each channel one of their values lies on a border between two steps, as
+    # near as float32 allows: an int8 output of other arithmetic would fall to the other side.
+    x, options = make(torch_rng, shape, "static")
+    x = x.clamp(-1, 1)
+    v, _ = run(x, options, layout=layout)
+    steps = torch.randint(0, 20, (shape[1],), generator=torch_rng) + 0.5
+    on_border = (v[0, :, -1].abs() / steps).clamp(1e-6, 1e4)
+    for out_scale in (on_border, float(on_border[0]), 0.05):
+        q, _ = run(x, options, layout=layout, out_scale=to_gpu(out_scale))
+        assert_exact("quantized", q, quantize(v, out_scale))
 
 
 @gpu

@@ -12,12 +12,9 @@ constexpr int HISTORY = 3;
 constexpr float LOG2E = 1.44269504f;
 // The bits of QM_MAGIC: integers added to them are added to the float.
 constexpr int MAGIC_BITS = 0x4B400000;
-// exp2 of more than this could overflow the product of two neighbours; SiLU is 0 long before.
-constexpr float MAX_EXPONENT = 96.0f;
-// While |a| stays below, -a * log2(e) cannot exceed MAX_EXPONENT.
-constexpr float UNBOUNDED_SUM = 66.0f;
-// |sum of 4 products of int8|.
-constexpr float MAX_DOT = 65536.0f;
+// Steps that are loaded together, and groups of them that are in flight, channels contiguous.
+constexpr int GROUP = 4;
+constexpr int FLIGHT = 2;
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
@@ -31,7 +28,8 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
-// Infinite exp2 gives the limit 0, so nothing is bounded here.
+// The one SiLU of all kernels here: an int8 output is exactly what the float output would be quantized to. Infinite
+// exp2 gives the limit 0, so nothing is bounded.
 __device__ __forceinline__ float silu(float a) { return a * rcp_approx(1.0f + exp2_approx(-LOG2E * a)); }
 
 // Four signed integers, saturated, the first in the lowest byte.
@@ -42,30 +40,19 @@ __device__ __forceinline__ u32 pack_saturated(const int (&q)[4]) {
   return all;
 }
 
-// out_scale * log2(e) of four channels: EACH its own, or one for all, in one register.
+// 1 / out_scale of four channels: EACH its own, or one for all, in one register.
 template <bool EACH>
-struct Steps {
+struct InvScales {
   float value[EACH ? 4 : 1];
   __device__ __forceinline__ float operator[](int j) const { return value[EACH ? j : 0]; }
 };
 
-// Four values of t = -a * log2(e) to silu(a) / out_scale as int8; steps = out_scale * log2(e), so that
-// -t * sigmoid / steps is what is wanted and the scale costs nothing: it is a factor of p.
-template <bool BOUNDED, bool EACH>
-__device__ __forceinline__ u32 silu_quantized(const float (&exponents)[4], const Steps<EACH>& steps) {
-  float t[4], p[4];
+// Four values to int8 as qm_quantize has it: the product is rounded, then the sum with 1.5 * 2^23, half to even.
+template <bool EACH>
+__device__ __forceinline__ u32 quantize_four(const float (&v)[4], const InvScales<EACH>& inv_scales) {
   int q[4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    t[k] = BOUNDED ? fminf(exponents[k], MAX_EXPONENT) : exponents[k];
-    p[k] = fmaf(exp2_approx(t[k]), steps[k], steps[k]);
-  }
-#pragma unroll
-  for (int k = 0; k < 4; k += 2) {
-    const float both = rcp_approx(p[k] * p[k + 1]);
-    q[k] = __float_as_int(fmaf(-t[k], both * p[k + 1], QM_MAGIC)) - MAGIC_BITS;
-    q[k + 1] = __float_as_int(fmaf(-t[k + 1], both * p[k], QM_MAGIC)) - MAGIC_BITS;
-  }
+  for (int k = 0; k < 4; ++k) q[k] = __float_as_int(v[k] * inv_scales[k] + QM_MAGIC) - MAGIC_BITS;
   return pack_saturated(q);
 }
 
@@ -259,28 +246,23 @@ __device__ __forceinline__ void store_four(const Raw<Out>& four, Out* to, int le
   }
 }
 
-// Four sums to four outputs. scale and bias are those of a, or of t = -a * log2(e) for int8 (`for_output`).
-template <bool BOUNDED, bool EACH>
+// Four sums to four outputs.
+template <bool EACH>
 __device__ __forceinline__ void finish(const float (&sum)[4], const float (&scale)[4], const float (&bias)[4],
-                                       const Steps<EACH>& steps, Raw<i8>& out) {
-  float t[4];
+                                       const InvScales<EACH>& inv_scales, Raw<i8>& out) {
+  float v[4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) t[k] = fmaf(sum[k], scale[k], bias[k]);
-  out.bits = silu_quantized<BOUNDED>(t, steps);
+  for (int k = 0; k < 4; ++k) v[k] = silu(fmaf(sum[k], scale[k], bias[k]));
+  out.bits = quantize_four(v, inv_scales);
 }
 
-template <bool BOUNDED, bool EACH, typename Out>
+template <bool EACH, typename Out>
 __device__ __forceinline__ void finish(const float (&sum)[4], const float (&scale)[4], const float (&bias)[4],
-                                       const Steps<EACH>&, Raw<Out>& out) {
+                                       const InvScales<EACH>&, Raw<Out>& out) {
   Out four[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) narrow(silu(fmaf(sum[k], scale[k], bias[k])), four[k]);
   out.set(four[0], four[1], four[2], four[3]);
-}
-
-template <typename Out>
-__device__ __forceinline__ float for_output(float value) {
-  return sizeof(Out) == 1 ? -LOG2E * value : value;
 }
 
 // What a thread of the channel-contiguous kernels knows about four of its channels.
@@ -295,23 +277,6 @@ struct Quad {
       bias[j] = offsets[j];
     }
   }
-
-  // Whether exp2 could overflow for a sum of int8 products.
-  __device__ __forceinline__ bool large() const {
-    bool any = false;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) any |= !(fabsf(scale[j]) * MAX_DOT + fabsf(bias[j]) < UNBOUNDED_SUM);
-    return any;
-  }
-
-  template <typename Out>
-  __device__ __forceinline__ void convert() {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      scale[j] = for_output<Out>(scale[j]);
-      bias[j] = for_output<Out>(bias[j]);
-    }
-  }
 };
 
 // Windows of four channels: the latest step in the highest byte.
@@ -324,13 +289,14 @@ struct Windows {
     for (int j = 0; j < 4; ++j) four[j] = __byte_perm(four[j], row, 0x0321 + ((4 + j) << 12));
   }
 
-  template <typename Out, bool BOUNDED, bool EACH>
-  __device__ __forceinline__ Raw<Out> output(const u32 (&taps)[4], const Quad& quad, const Steps<EACH>& steps) const {
+  template <typename Out, bool EACH>
+  __device__ __forceinline__ Raw<Out> output(const u32 (&taps)[4], const Quad& quad,
+                                             const InvScales<EACH>& inv_scales) const {
     float sum[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum[j] = dot(four[j], taps[j]);
     Raw<Out> out;
-    finish<BOUNDED>(sum, quad.scale, quad.bias, steps, out);
+    finish(sum, quad.scale, quad.bias, inv_scales, out);
     return out;
   }
 
@@ -361,11 +327,67 @@ template <> struct Step<1> {
   __device__ __forceinline__ void load(const i8* from) {
     asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word[0]) : "l"(from));
   }
+  __device__ __forceinline__ void load_shared(u32 from) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word[0]) : "r"(from) : "memory");
+  }
 };
 template <> struct Step<2> {
   u32 word[2];
   __device__ __forceinline__ void load(const i8* from) {
     asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(from));
+  }
+  __device__ __forceinline__ void load_shared(u32 from) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "r"(from) : "memory");
+  }
+};
+
+// Steps of a thread's channels on their way through shared memory: many are in flight, and none holds a register. A
+// thread reads only what it has copied itself, so it waits for its own copies and for no other thread.
+template <int QUADS>
+struct Ring {
+  static constexpr int BYTES = 4 * QUADS;
+  static constexpr u32 STEP_BYTES = THREADS * BYTES, GROUP_BYTES = GROUP * STEP_BYTES;
+  // One more than are in flight: the slot that is filled is not the one that was just read.
+  static constexpr int SLOTS = FLIGHT + 1;
+  u32 base;        // of the thread's place in the first slot
+  const i8* from;  // step that is asked for next
+  u32 stride;      // bytes between steps
+  int left;        // groups not asked for yet
+  int slot;        // filled next
+
+  __device__ __forceinline__ Ring(void* shared, const i8* first, u32 stride_bytes, int groups)
+      : base(static_cast<u32>(__cvta_generic_to_shared(shared)) + (threadIdx.y * blockDim.x + threadIdx.x) * BYTES),
+        from(first), stride(stride_bytes), left(groups), slot(0) {}
+
+  // Asks for one more group of steps, if there is one; it counts as a group in any case.
+  __device__ __forceinline__ void ask() {
+    if (left > 0) {
+      const u32 to = base + slot * GROUP_BYTES;
+#pragma unroll
+      for (u32 k = 0; k < GROUP; ++k) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to + k * STEP_BYTES),
+                     "l"(rows_ahead(from, stride, k)), "n"(BYTES)
+                     : "memory");
+      }
+      from = rows_ahead(from, stride, GROUP);
+      --left;
+    }
+    slot = slot == SLOTS - 1 ? 0 : slot + 1;
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+
+  __device__ __forceinline__ void fill() {
+#pragma unroll
+    for (int i = 0; i < FLIGHT; ++i) ask();
+  }
+
+  // The oldest group; as many stay in flight after it.
+  __device__ __forceinline__ void take(Step<QUADS> (&steps)[GROUP]) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(FLIGHT - 1) : "memory");
+    const u32 at = base + (slot == SLOTS - 1 ? 0 : slot + 1) * GROUP_BYTES;
+    ask();
+#pragma unroll
+    for (u32 k = 0; k < GROUP; ++k) steps[k].load_shared(at + k * STEP_BYTES);
   }
 };
 

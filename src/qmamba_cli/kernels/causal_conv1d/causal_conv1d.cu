@@ -22,31 +22,29 @@
 // step of a channel writes its new state, from a buffer that is never the old one.
 //
 // Numerics. int8 with one scale: dp4a on the accumulator 1.5 * 2^23 gives the exact sum as a float. Else: float32,
-// oldest tap first, one fused rounding a tap. exp is ex2.approx (2 ulp) of t = -a * log2(e), the reciprocal is
-// rcp.approx (1 ulp). A float output depends on its own window only: layout, position and the split into calls do not
-// change its bits. For an int8 output two neighbours share a reciprocal, 1/p0 = p1 / (p0 p1), and the last fma rounds
-// half to even by itself, since its addend is 1.5 * 2^23; all of it is within 1e-5 of a step of the reference.
+// oldest tap first, one fused rounding a tap. exp is ex2.approx (2 ulp) of -a * log2(e), the reciprocal is
+// rcp.approx (1 ulp). A value depends on its own window only: layout, position and the split into calls do not change
+// its bits. An int8 output is that value, quantized as everywhere: the float output and a quantization after it give
+// the same int8. All of it is within 1e-5 of a step of the reference.
 //
-// Limits: 1e-6 <= out_scale <= 1e4 (the caller rounds in a second pass elsewhere): below, the last fma could leave
-// [0, inf), where bits order as integers; above, p0 p1 could overflow. b <= 65535. Offsets are 64 bits wide.
+// Limits: out_scale >= 1e-6 (the caller rounds in a second pass elsewhere): below, the sum with 1.5 * 2^23 could leave
+// [0, inf), where bits order as integers. b <= 65535. Offsets are 64 bits wide.
 //
 // Source: the reference beside this file. No kernel of another project was used.
 #include "numerics.cuh"
 #include "half.cuh"
 #include "causal_conv1d.cuh"
 
-// Steps whose loads are in flight at a time, channels contiguous.
-constexpr int GROUP = 4;
-
 // Four neighbours in time of one channel.
-template <typename Out, bool BOUNDED>
-__device__ __forceinline__ Raw<Out> dot_row(u32 before, u32 now, u32 taps, float scale, float bias, float step) {
+template <typename Out>
+__device__ __forceinline__ Raw<Out> dot_row(u32 before, u32 now, u32 taps, float scale, float bias,
+                                            float inv_scale) {
   const float scales[4] = {scale, scale, scale, scale}, biases[4] = {bias, bias, bias, bias};
   float sum[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) sum[k] = window_dot(before, now, taps, k);
   Raw<Out> four;
-  finish<BOUNDED>(sum, scales, biases, Steps<false>{step}, four);
+  finish(sum, scales, biases, InvScales<false>{inv_scale}, four);
   return four;
 }
 
@@ -82,14 +80,14 @@ __device__ __forceinline__ void load_row(Row<WORDS>& row, const Sequence<i8, fal
   row.bias = or_else(bias, c, 0.0f);
 }
 
-template <typename Out, bool BOUNDED, int WORDS>
-__device__ __forceinline__ void finish_row(const Row<WORDS>& row, float x_scale, float step, Out* to, int left,
+template <typename Out, int WORDS>
+__device__ __forceinline__ void finish_row(const Row<WORDS>& row, float x_scale, float inv_scale, Out* to, int left,
                                            bool vector) {
-  const float scale = for_output<Out>(row.scale * x_scale), bias = for_output<Out>(row.bias);
+  const float scale = row.scale * x_scale;
   Raw<Out> four[WORDS];
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
-    four[i] = dot_row<Out, BOUNDED>(row.words[i], row.words[i + 1], row.taps, scale, bias, step);
+    four[i] = dot_row<Out>(row.words[i], row.words[i + 1], row.taps, scale, row.bias, inv_scale);
   }
   if constexpr (WORDS == 4) {
     if (vector && left >= 16) {
@@ -101,15 +99,16 @@ __device__ __forceinline__ void finish_row(const Row<WORDS>& row, float x_scale,
   for (int i = 0; i < WORDS; ++i) store_four(four[i], to + 4 * i, left - 4 * i, vector);
 }
 
-// int8 with one scale, time contiguous. x: (d, l) a sequence, int8 steps of x_scale. step: the scale of the
-// output * log2(e), or that scale is out_scale[c]; int8 output only. span: rows a thread. load_vector, store_vector: all rows are aligned to the thread's access.
+// int8 with one scale, time contiguous. x: (d, l) a sequence, int8 steps of x_scale. inv_scale: steps of the output a
+// real unit, or 1 / out_scale[c]; int8 output only. span: rows a thread. load_vector, store_vector: all rows are
+// aligned to the thread's access.
 template <typename Out>
 __global__ void __launch_bounds__(THREADS, 10)
     causal_conv1d_static(const i8* __restrict__ x, const i8* __restrict__ weight,
                          const float* __restrict__ weight_scale, const float* __restrict__ bias,
                          const i8* __restrict__ state, Out* __restrict__ out, i8* __restrict__ state_out, int d, int l,
-                         int w, i64 batch_stride, i64 stride, int span, int load_vector, int store_vector, float step,
-                         float x_scale, const float* __restrict__ out_scale) {
+                         int w, i64 batch_stride, i64 stride, int span, int load_vector, int store_vector,
+                         float inv_scale, float x_scale, const float* __restrict__ out_scale) {
   constexpr int WORDS = sizeof(Out) == 1 ? 4 : 1;
   const int t = (blockIdx.y * blockDim.x + threadIdx.x) * (4 * WORDS);
   int c = blockIdx.x * blockDim.y * span + threadIdx.y;
@@ -122,12 +121,8 @@ __global__ void __launch_bounds__(THREADS, 10)
     const bool more = k + 1 < span && after < d;
     if (more) load_row(next, seq, weight, weight_scale, bias, after, t, load_vector);
     Out* to = out + (static_cast<i64>(blockIdx.z) * d + c) * l + t;
-    if (sizeof(Out) == 1 && out_scale != nullptr) step = out_scale[c] * LOG2E;
-    if (sizeof(Out) == 4 || fabsf(row.scale * x_scale) * MAX_DOT + fabsf(row.bias) < UNBOUNDED_SUM) {
-      finish_row<Out, false>(row, x_scale, step, to, l - t, store_vector);
-    } else {
-      finish_row<Out, true>(row, x_scale, step, to, l - t, store_vector);
-    }
+    if (sizeof(Out) == 1 && out_scale != nullptr) inv_scale = __frcp_rn(out_scale[c]);
+    finish_row(row, x_scale, inv_scale, to, l - t, store_vector);
     if (t + 4 * WORDS >= l) seq.store_state(c);
     if (!more) return;
     row = next;
@@ -141,25 +136,25 @@ struct Channels {
   Windows windows[QUADS];
   u32 taps[QUADS][4];
   Quad quads[QUADS];
-  Steps<EACH> steps[QUADS];
+  InvScales<EACH> inv_scales[QUADS];
 
-  __device__ __forceinline__ void load_steps(const float* out_scale, float step, int c, int d) {
+  __device__ __forceinline__ void load_scales(const float* out_scale, float inv_scale, int c, int d) {
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) {
       if constexpr (EACH) {
         const Raw<float> scales = four_or_else(out_scale, c + 4 * i, d, 1.0f);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) steps[i].value[j] = scales[j] * LOG2E;
+        for (int j = 0; j < 4; ++j) inv_scales[i].value[j] = __frcp_rn(scales[j]);
       } else {
-        steps[i].value[0] = step;
+        inv_scales[i].value[0] = inv_scale;
       }
     }
   }
 
-  template <typename Out, bool BOUNDED>
+  template <typename Out>
   __device__ __forceinline__ void output(Raw<Out> (&fours)[QUADS]) const {
 #pragma unroll
-    for (int i = 0; i < QUADS; ++i) fours[i] = windows[i].template output<Out, BOUNDED>(taps[i], quads[i], steps[i]);
+    for (int i = 0; i < QUADS; ++i) fours[i] = windows[i].template output<Out>(taps[i], quads[i], inv_scales[i]);
   }
 
   // The steps before t; those before the call come from the state.
@@ -183,29 +178,24 @@ struct Channels {
   }
 };
 
-// Steps t to end of a thread's channels. whole: all of them exist and are aligned in x and out.
-template <typename Out, bool BOUNDED, int QUADS, bool EACH>
-__device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channels<QUADS, EACH>& own, Out* out, int c, int t,
-                                            int end, bool whole) {
+// Steps t to end of a thread's channels. whole: all of them exist and are aligned in x and out, and the ring brings
+// all groups of steps.
+template <typename Out, int QUADS, bool EACH>
+__device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channels<QUADS, EACH>& own, Ring<QUADS>& ring,
+                                            Out* out, int c, int t, int end, bool whole) {
   Out* to = out + static_cast<i64>(t) * x.d + c;
   Raw<Out> fours[QUADS];
-  if (whole && t + GROUP <= end) {
-    const u32 stride = static_cast<u32>(x.stride), out_stride = x.d * sizeof(Out);
-    const i8* from = x.at(c, t);
-    Step<QUADS> rows[GROUP];
-#pragma unroll
-    for (u32 k = 0; k < GROUP; ++k) rows[k].load(rows_ahead(from, stride, k));
+  if (whole) {
+    const u32 out_stride = x.d * sizeof(Out);
 #pragma unroll 1
     for (; t + GROUP <= end; t += GROUP) {
-      const bool more = t + 2 * GROUP <= end;
-      from = rows_ahead(from, stride, GROUP);
+      Step<QUADS> rows[GROUP];
+      ring.take(rows);
 #pragma unroll
       for (u32 k = 0; k < GROUP; ++k) {
 #pragma unroll
         for (int i = 0; i < QUADS; ++i) own.windows[i].push(rows[k].word[i]);
-        // A step's register is loaded again as soon as it is free.
-        if (more) rows[k].load(rows_ahead(from, stride, k));
-        own.template output<Out, BOUNDED>(fours);
+        own.template output<Out>(fours);
         store_step(fours, rows_ahead(to, out_stride, k));
       }
       to = rows_ahead(to, out_stride, GROUP);
@@ -215,7 +205,7 @@ __device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channel
   for (; t < end; ++t, to += x.d) {
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) own.windows[i].push(load_four<false>(x, c + 4 * i, t, whole).bits);
-    own.template output<Out, BOUNDED>(fours);
+    own.template output<Out>(fours);
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) store_four(fours[i], to + 4 * i, x.d - c - 4 * i, whole);
   }
@@ -224,12 +214,12 @@ __device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channel
 // The same, channels contiguous. x: (l, d) a sequence. span: steps a thread, a multiple of 4. load_vector,
 // store_vector: rows are aligned to 4 * QUADS elements, and less than 2^32 bytes apart.
 template <typename Out, int QUADS, bool EACH>
-__global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 6)
+__global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 5)
     causal_conv1d_static_channels(const i8* __restrict__ x, const i8* __restrict__ weight,
                                   const float* __restrict__ weight_scale, const float* __restrict__ bias,
                                   const i8* __restrict__ state, Out* __restrict__ out, i8* __restrict__ state_out,
                                   int d, int l, int w, i64 batch_stride, i64 stride, int span, int load_vector,
-                                  int store_vector, float step, float x_scale,
+                                  int store_vector, float inv_scale, float x_scale,
                                   const float* __restrict__ out_scale) {
   const int c = (blockIdx.x * blockDim.x + threadIdx.x) * (4 * QUADS);
   const i64 start = (static_cast<i64>(blockIdx.y) * blockDim.y + threadIdx.y) * span;
@@ -238,24 +228,20 @@ __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 6)
   const auto seq = sequence<true>(x, batch_stride, stride, state, state_out, d, l, w);
   const bool whole = load_vector && store_vector && c + 4 * QUADS <= d;
   Out* rows_out = out + static_cast<i64>(blockIdx.z) * l * d;
+  __shared__ u32 staged[Ring<QUADS>::SLOTS * Ring<QUADS>::GROUP_BYTES / 4];
+  Ring<QUADS> ring(staged, seq.at(c, t), static_cast<u32>(stride), whole ? (end - t) / GROUP : 0);
+  ring.fill();
   Channels<QUADS, EACH> own = {};
   own.load_past(seq, c, t, whole);
-  own.load_steps(out_scale, step, c, d);
-  bool large = false;
+  own.load_scales(out_scale, inv_scale, c, d);
 #pragma unroll
   for (int i = 0; i < QUADS; ++i) {
     const int first = c + 4 * i;
 #pragma unroll
     for (int j = 0; j < 4; ++j) own.taps[i][j] = packed_taps(weight, min(first + j, d - 1), w);
     own.quads[i].load(weight_scale, bias, x_scale, first, d);
-    large |= own.quads[i].large();
-    own.quads[i].template convert<Out>();
   }
-  if (sizeof(Out) == 1 && __any_sync(__activemask(), large)) {
-    walk_static<Out, true>(seq, own, rows_out, c, t, end, whole);
-  } else {
-    walk_static<Out, false>(seq, own, rows_out, c, t, end, whole);
-  }
+  walk_static(seq, own, ring, rows_out, c, t, end, whole);
   if (end != l) return;
 #pragma unroll
   for (int i = 0; i < QUADS; ++i) own.windows[i].store_state(seq, c + 4 * i);
@@ -297,7 +283,7 @@ __global__ void __launch_bounds__(THREADS, 8)
       biases[i] = or_else(bias, c, 0.0f);
     }
     Raw<Out> four;
-    finish<true>(sum, scale, biases, Steps<false>{}, four);
+    finish(sum, scale, biases, InvScales<false>{}, four);
     store_four(four, out + (static_cast<i64>(blockIdx.z) * d + c) * l + t, l - t, store_vector);
     if (t + 4 >= l) seq.store_state(c);
   }
@@ -327,7 +313,7 @@ struct RealChannels {
       sum[j] = fmaf(window[k][j], taps[3][j], sum[j]);
     }
     Raw<Out> out;
-    finish<true>(sum, quad.scale, quad.bias, Steps<false>{}, out);
+    finish(sum, quad.scale, quad.bias, InvScales<false>{}, out);
     return out;
   }
 

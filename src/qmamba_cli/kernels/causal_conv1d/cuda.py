@@ -32,12 +32,11 @@ _MOST_QUADS = 32
 _MOST_ROWS = 16
 _MOST_STEPS = 32
 # Runs of eight channels: their lengths, and what the start of one costs in steps.
-_WIDE_SPANS = (8, 16, 32, 64)
+_WIDE_SPANS = range(8, 65, 4)
 _START_STEPS = 4
 # Shorter sequences are not worth eight channels a thread.
 _WIDE_MIN_STEPS = 64
 _MAX_GRID_Y = 65535
-_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +191,7 @@ def convolve(
         np.int32(config.span),
         np.int32(near and _aligned(x, (x.stride(0) if b > 1 else 0, stride), access)),
         np.int32(_aligned(out, (d if channels else l,), access)),
-        np.float32(0.0 if number is None else _LOG2_E / reciprocal(number)),
+        np.float32(0.0 if number is None else reciprocal(number)),
     ]
     if static:
         args += [np.float32(x_scale), _vector("out_scale", of_channels, (d,), device)]
