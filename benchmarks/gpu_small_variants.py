@@ -131,8 +131,9 @@ def hadamard_variants() -> Iterator[Variant]:
                 for threads in ((128, 160) if width == 5120 else (96, 128))
                 for resident in (3, 4, 5, 6)
             ]
-            if dtype == torch.float32:
-                configs.append(hadamard.row_config(plan, rows, processors))
+            configs.append(hadamard.row_config(plan, rows, processors))
+            if dtype == torch.float16:
+                configs = [hadamard.tensor_config(plan, rows, processors, shared)]
             chosen = hadamard._config(plan, x, True)
             for config in configs:
                 kind = "stream" if config.stage_bytes else "rows"

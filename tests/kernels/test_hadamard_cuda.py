@@ -57,10 +57,10 @@ def test_layout_of_rows(width, rows):
 @pytest.mark.parametrize("width", STREAMED)
 def test_layout_of_streams(width, rows):
     plan = plan_for(width)
-    for element_size, shared_bytes in ((2, 100 * 1024), (4, 100 * 1024), (4, 228 * 1024)):
-        config = cuda.stream_config(plan, rows, element_size, PROCESSORS, shared_bytes)
+    for shared_bytes in (100 * 1024, 228 * 1024):
+        config = cuda.stream_config(plan, rows, 4, PROCESSORS, shared_bytes)
         assert config.core << config.bits == plan.order
-        assert config.stage_bytes == config.tile_rows * plan.order * element_size
+        assert config.stage_bytes == config.tile_rows * plan.order * 4
         # Bulk copies and 16-byte stores.
         assert config.stage_bytes % 16 == 0
         tile_bytes = 4 * config.tile_rows * config.core * config.segment_stride
@@ -70,6 +70,20 @@ def test_layout_of_streams(width, rows):
         tiles = -(-rows // config.tile_rows)
         resident = max(1, shared_bytes // (config.shared_bytes + 1024))
         assert 1 <= config.blocks <= min(tiles, resident * PROCESSORS)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 131, 1000, 2048, 8192, 100_000])
+@pytest.mark.parametrize("width", [1536, 2048, 3072, 4096, 5120])
+def test_layout_of_warps_with_a_row_each(width, rows):
+    plan = plan_for(width)
+    for shared_bytes in (100 * 1024, 228 * 1024):
+        config = cuda.tensor_config(plan, rows, PROCESSORS, shared_bytes)
+        assert config.core << config.bits == plan.order
+        # Four rows of halves, and 512 bytes for each 16 by 16 of the matrix of 4 K terms.
+        assert config.shared_bytes == 4 * 2 * plan.order + (config.core // 4) ** 2 * 512 <= MAX_SHARED_BYTES
+        tiles = -(-rows // 4)
+        resident = max(1, shared_bytes // (config.shared_bytes + 1024))
+        assert config.threads == 128 and 1 <= config.blocks <= min(tiles, resident * PROCESSORS)
 
 
 @pytest.mark.parametrize("bits", range(11))
@@ -201,6 +215,19 @@ def test_saturates_and_never_wraps(width):
     expected = torch.zeros(3, width, dtype=torch.int8)
     expected[exact > 1e-9], expected[exact < -1e-9] = 127, -128
     assert_exact("hadamard", cuda.hadamard(x.cuda(), out_scale=1e-6).cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [1.0, 65504.0, 6e-8])
+@pytest.mark.parametrize("width", [1536, 2048, 3072, 4096, 5120])
+def test_halves_saturate_and_never_wrap(width, value):
+    # From the smallest half to the largest at every scale, past any integer that a kernel counts with.
+    x = torch.tensor([value, -value, 0.0], dtype=torch.float16).unsqueeze(1).expand(3, width)
+    exact = reference.hadamard(x.double())
+    for out_scale in (1e-8, 1e-6, 3e-3, 0.37, 1e4):
+        expected = (exact / out_scale).round().clamp(-128, 127).to(torch.int8)
+        got = cuda.hadamard(x.cuda(), out_scale=out_scale).cpu()
+        assert_grid("hadamard", got, expected, share=1e-3, steps=1)
 
 
 @pytest.mark.gpu

@@ -1,8 +1,8 @@
 // Scalar functions that both backends agree on.
 //
 // The same text compiles as CUDA (NVRTC or nvcc) and as plain C++, where a test compares it with the reference
-// over many values. Kernels round to int8 by qm_quantize; where one folds the rounding into its last fma (the
-// convolution, the Hadamard transform), its header comment says so, and its output is of the class `grid`.
+// over many values. Kernels round to int8 by qm_quantize; where one rounds in another way (fp16 rows in
+// hadamard_tensor.cuh), its comment says so, and its output is of the class `grid`.
 //
 //   quantize(x)   = saturate(round_half_even(x * inv_scale)), range [-128, 127]
 //   silu(x)       = x / (1 + exp(-x))

@@ -20,9 +20,15 @@ _INT8 = "signed char"
 _COMPILED_CORES = (12, 20, 28)
 # The core of a power of two: Sylvester's matrix of this order.
 _SYLVESTER_CORE = 16
-# Orders K * 2^bits with a kernel to int8 of their own: 1536, 2048, 3072, 4096, 5120; from float32 8192, 7168.
-_HALF_STREAMS = ((12, 7), (16, 7), (12, 8), (16, 8), (20, 8))
-_STREAMS = {torch.float32: (*_HALF_STREAMS, (16, 9), (28, 8)), torch.float16: _HALF_STREAMS}
+# Orders K * 2^bits with a kernel to int8 of their own: 1536, 2048, 3072, 4096, 5120, from float16 on tensor
+# cores; from float32 8192, 7168 too.
+_TENSOR = ((12, 7), (16, 7), (12, 8), (16, 8), (20, 8))
+_STREAMS = {torch.float32: (*_TENSOR, (16, 9), (28, 8)), torch.float16: _TENSOR}
+# Warps of a block of that kernel, each with a row, and blocks that its registers allow, by the bits.
+_TENSOR_WARPS = 4
+_TENSOR_BLOCKS = {7: 4, 8: 3}
+# One fragment of the matrix for all lanes.
+_FRAGMENT_BYTES = 32 * 16
 # Shared memory that a block takes beside its own.
 _RESERVED_SHARED_BYTES = 1024 + 16
 # Elements that a thread stores at once, and the largest order that one thread transforms alone.
@@ -117,6 +123,8 @@ def transform(
     rows = x.numel() // plan.order
     if config is None:
         _launch_small(x, out, types, plan.order.bit_length() - 1, factors)
+    elif config.stage_bytes and x.dtype == torch.float16:
+        _launch_tensor(x, out, rows, config, factors)
     elif config.stage_bytes:
         _launch_stream(x, out, rows, config, factors)
     else:
@@ -167,10 +175,28 @@ def _launch_stream(
 ) -> None:
     launch(
         SOURCE,
-        _stream_entry(x.dtype, config.core, config.bits),
+        _stream_entry(config.core, config.bits),
         grid=(config.blocks, 1, 1),
         block=(config.threads, 1, 1),
         args=(x, out, np.int64(rows), np.int32(config.tile_rows), np.int32(config.stage_bytes), *scales),
+        device=x.device,
+        shared_bytes=config.shared_bytes,
+    )
+
+
+def _launch_tensor(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    rows: int,
+    config: LaunchConfig,
+    scales: tuple[np.float32, np.float32],
+) -> None:
+    launch(
+        SOURCE,
+        _tensor_entry(config.core, config.bits),
+        grid=(config.blocks, 1, 1),
+        block=(config.threads, 1, 1),
+        args=(x, out, np.int64(rows), np.float32(scales[0] * scales[1])),
         device=x.device,
         shared_bytes=config.shared_bytes,
     )
@@ -181,6 +207,8 @@ def _config(plan: HadamardPlan, x: torch.Tensor, quantized: bool) -> LaunchConfi
     rows, processors = x.numel() // plan.order, sm_count(x.device)
     if quantized and _streams(plan, x.dtype):
         shared = _shared_bytes_per_multiprocessor(x.device)
+        if x.dtype == torch.float16:
+            return tensor_config(plan, rows, processors, shared)
         return stream_config(plan, rows, x.element_size(), processors, shared)
     return row_config(plan, rows, processors)
 
@@ -271,6 +299,42 @@ def stream_config(
     )
 
 
+@lru_cache(maxsize=1024)
+def tensor_config(
+    plan: HadamardPlan, rows: int, processors: int, shared_bytes_per_processor: int
+) -> LaunchConfig:
+    """Blocks of four warps that stay and take four rows in turn: the fewest that need no more turns than all.
+
+    Args:
+        plan: of one of the orders that the tensor cores take.
+        rows: rows of that order.
+        processors: multiprocessors.
+        shared_bytes_per_processor: shared memory of one.
+    """
+    core, bits = _factors(plan)
+    stage_bytes = _TENSOR_WARPS * plan.order * torch.float16.itemsize
+    shared_bytes = stage_bytes + (core // 4) ** 2 * _FRAGMENT_BYTES
+    fitting = shared_bytes_per_processor // (shared_bytes + _RESERVED_SHARED_BYTES)
+    tiles = -(-rows // _TENSOR_WARPS)
+
+    def turns(resident: int) -> int:
+        return -(-tiles // (processors * resident))
+
+    most = max(1, min(fitting, _TENSOR_BLOCKS[bits]))
+    resident = next(count for count in range(1, most + 1) if turns(count) == turns(most))
+    return LaunchConfig(
+        core=core,
+        compiled=True,
+        bits=bits,
+        segment_stride=segment_stride(bits),
+        tile_rows=_TENSOR_WARPS,
+        threads=32 * _TENSOR_WARPS,
+        shared_bytes=shared_bytes,
+        blocks=min(tiles, processors * resident),
+        stage_bytes=stage_bytes,
+    )
+
+
 @cache
 def _shared_bytes_per_multiprocessor(device: torch.device) -> int:
     known = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", None)
@@ -310,17 +374,21 @@ def _transposed_core(core: int, device: torch.device) -> torch.Tensor:
     return core_matrix(core).T.contiguous().to(device=device, dtype=torch.float32)
 
 
-def _stream_entry(dtype: torch.dtype, core: int, bits: int) -> str:
-    order, *rows = _core_arguments(core).split(", ")
-    return f"hadamard_stream<{', '.join([_TYPES[dtype], str(bits), order, *rows])}>"
+def _stream_entry(core: int, bits: int) -> str:
+    return f"hadamard_stream<{bits}, {_core_arguments(core)}>"
+
+
+def _tensor_entry(core: int, bits: int) -> str:
+    return f"hadamard_tensor<{bits}, {_core_arguments(core)}>"
 
 
 def _entries() -> tuple[str, ...]:
     pairs = ("float, float", "F16, F16", "float, signed char")
     cores = (0, _SYLVESTER_CORE, *_COMPILED_CORES)
     rows = [f"hadamard<{pair}, {_core_arguments(core)}>" for pair in pairs for core in cores]
-    streams = [_stream_entry(dtype, *factors) for dtype, orders in _STREAMS.items() for factors in orders]
-    return (*rows, *(f"hadamard_small<{pair}>" for pair in pairs), *streams)
+    streams = [_stream_entry(*factors) for factors in _STREAMS[torch.float32]]
+    tensor = [_tensor_entry(*factors) for factors in _TENSOR]
+    return (*rows, *(f"hadamard_small<{pair}>" for pair in pairs), *streams, *tensor)
 
 
 ENTRIES = _entries()

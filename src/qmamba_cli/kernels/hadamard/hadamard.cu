@@ -19,6 +19,7 @@
 //          Segment k of a row starts at k * segment_stride floats; inside, 4 floats of padding follow every 32 and
 //          16 every 256, which leaves every access of the three passes without bank conflicts for S >= 64.
 //          `hadamard` reads global memory in its core pass; `hadamard_stream` has the next tile on the way meanwhile.
+//          fp16 to int8 of the orders of models: hadamard_tensor.cuh.
 // Numerics fp32 sums throughout; the finished sum is multiplied by 1/sqrt(n) once, for int8 by (1/sqrt(n)) * inv_scale
 //          and then rounded by the conversion unit. The order of the sums depends on n alone, so a row's bits do not
 //          depend on its neighbours, nor on the kernel. H_K sums four inputs first (8 sums up to sign), then K / 4
@@ -29,6 +30,7 @@
 #include "numerics.cuh"
 #include "half.cuh"
 #include "hadamard.cuh"
+#include "hadamard_tensor.cuh"
 
 // Four warps: more blocks fit than of five, and with K = 20 and S = 256 all of them own two columns of the core.
 constexpr int MAX_THREADS = 128;
@@ -151,18 +153,18 @@ struct Fetch {
   }
 };
 
-// The transform of rows with a built-in core and S = 2^M, to int8, for orders that models have. Blocks stay on their
+// The transform of float32 rows with a built-in core and S = 2^M, to int8, for orders that models have. Blocks stay on their
 // multiprocessor: while one finishes a tile, its next tile is on the way into shared memory, so that memory never
-// waits for arithmetic. n * sizeof(In) is a multiple of 16. Grid: as many blocks as are resident, or fewer.
-template <typename In, int M, int K, unsigned... ROWS>
+// waits for arithmetic. n is a multiple of 4. Grid: as many blocks as are resident, or fewer.
+template <int M, int K, unsigned... ROWS>
 __global__ void __launch_bounds__(8 * K < 128 ? 128 : 8 * K, K <= 20 ? 5 : 2)
-    hadamard_stream(const In* __restrict__ x, signed char* __restrict__ out, long long rows, int tile_rows,
+    hadamard_stream(const float* __restrict__ x, signed char* __restrict__ out, long long rows, int tile_rows,
                     int stage_bytes, float norm, float inv_scale) {
   extern __shared__ __align__(16) float shared[];
   __shared__ unsigned long long barrier;
   constexpr int ORDER = K << M;
   constexpr int STRIDE = segment_stride(M);
-  const In* stage = reinterpret_cast<const In*>(shared);
+  const float* stage = shared;
   float* tile = shared + stage_bytes / 4;
   const Fetch fetch{&barrier};
   const long long tiles = (rows + tile_rows - 1) / tile_rows;
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(8 * K < 128 ? 128 : 8 * K, K <= 20 ? 5 : 2)
     return left < tile_rows ? static_cast<int>(left) : tile_rows;
   };
   const auto ask = [&](long long at) {
-    fetch.start(shared, x + at * tile_rows * ORDER, rows_of(at) * ORDER * static_cast<int>(sizeof(In)));
+    fetch.start(shared, x + at * tile_rows * ORDER, rows_of(at) * ORDER * static_cast<int>(sizeof(float)));
   };
   fetch.init();
   ask(blockIdx.x);
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(8 * K < 128 ? 128 : 8 * K, K <= 20 ? 5 : 2)
     const int rows_here = rows_of(at);
     fetch.wait(parity);
     parity ^= 1;
-    core_pass<In, K, ROWS...>(stage, tile, rows_here, M, STRIDE);
+    core_pass<float, K, ROWS...>(stage, tile, rows_here, M, STRIDE);
     __syncthreads();
     if (at + gridDim.x < tiles) ask(at + gridDim.x);
     middle_passes(tile, rows_here * K, M, STRIDE);
