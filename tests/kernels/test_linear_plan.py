@@ -59,7 +59,8 @@ def test_tiles_fit(tokens, rows, k, processors):
     # int8 tiles of every stage; Triton's limit is that of the device.
     assert cut.stages * cut.columns * (cut.tokens + cut.rows) <= 160 * 1024
     assert cut.parts == 1 or -(-k // cut.columns) >= 2 * cut.parts
-    if k % 32 == 0:
+    # Masks are for ragged columns, and for few of them, where they save steps.
+    if k % 32 == 0 and not (k < 512 and cut.columns == 64):
         assert round_up(k, cut.columns) == k
     cut = plan.float_tile_plan(tokens)
     # float32 tokens and rows of up to 16 bits.

@@ -96,8 +96,11 @@ _TILES = (
     (0.0, TilePlan(64, 32, 128, 4, 6)),
 )
 # For few columns, where the outputs are most of the bytes.
+_MASKED = TilePlan(64, 128, 64, 4, 3)
 _SHORT_TILES = (
     (4.0, TilePlan(128, 128, 32, 4, 3)),
+    # Few steps: masks cost less than more of them.
+    (4.0, _MASKED),
     (2.0, TilePlan(128, 128, 32, 4, 5)),
     (1.0, TilePlan(64, 64, 32, 4, 5)),
     (0.0, TilePlan(64, 32, 32, 4, 6)),
@@ -177,7 +180,7 @@ def tile_plan(tokens: int, rows: int, k: int, processors: int) -> TilePlan:
         plan = next(plan for least, plan in tiles if _tiles(plan, tokens, rows) >= least * processors)
     columns = plan.columns
     # Steps of whole length need no masks.
-    while columns > _LEAST_COLUMNS and k % columns:
+    while columns > _LEAST_COLUMNS and k % columns and plan is not _MASKED:
         columns //= 2
     parts, count, steps = 1, _tiles(plan, tokens, rows), -(-k // columns)
     least = 2 if plan is _FEW_NARROW else _LEAST_STEPS
