@@ -15,7 +15,7 @@
 //   lane (g, t) = (lane / 4, lane % 4)
 //   right operand, stage 1   row of the fragment: k % 4 = t, s0 in a word, the highest bit of s in its two words; column
 //                            g = (s5, s4, s3)
-//   sums of stage 1          row: g = (k / 4's k % 4 of the output, highest bit), upper half of the tile: s0; column:
+//   sums of stage 1          row: g = (k % 4 of the output, highest bit), upper half of the tile: s0; column:
 //                            (s5, s4, s3) = 2 t + {0, 1}
 //   sums of stage 2          the same rows; column: s3 in the pair, (s5, s4) = t
 #ifndef QM_HADAMARD_TENSOR_CUH
