@@ -105,6 +105,7 @@ def test_each_mode_continues_a_prompt(mode: str) -> None:
     assert streamed.err == ""
     assert streamed.out.endswith("\n") and len(streamed.out) > 6
     whole = done(*given, "--json", cwd=artifacts().folder).json()
+    assert whole.pop("first_token_s") > 0 and whole.pop("tokens_per_s") > 0
     assert whole == {"prompt": "It was a dark night", "text": streamed.out[:-1], "mode": mode}
 
 

@@ -167,12 +167,29 @@ def run(
 def _generate(
     loaded: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int, as_json: bool
 ) -> None:
+    from qmamba_cli.model.generate import GenerationTimes
     from qmamba_cli.stages.run import run_prompt
 
-    pieces = run_prompt(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    times = GenerationTimes()
+    pieces = run_prompt(
+        loaded,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        times=times,
+    )
     if as_json:
         text = "".join(pieces)
-        console.write_json({"prompt": prompt, "text": text, "mode": loaded.model.mode.name})
+        console.write_json(
+            {
+                "prompt": prompt,
+                "text": text,
+                "mode": loaded.model.mode.name,
+                "first_token_s": times.first_token_s,
+                "tokens_per_s": times.tokens_per_s,
+            }
+        )
         return
     for piece in pieces:
         console.write(piece)
