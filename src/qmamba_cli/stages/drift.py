@@ -11,7 +11,7 @@ import torch
 
 from qmamba_cli.artifacts.checkpoint import open_checkpoint
 from qmamba_cli.artifacts.manifest import library_versions, tool_version
-from qmamba_cli.errors import ArtifactError, CheckpointError, UsageError
+from qmamba_cli.errors import CheckpointError, UsageError
 from qmamba_cli.evaluation.divergence import CONFIDENCE, RESAMPLES
 from qmamba_cli.evaluation.documents import perplexity_windows, read_text_documents
 from qmamba_cli.evaluation.drift import PATHS, Point, States, point, tokens_read, trace
@@ -20,7 +20,7 @@ from qmamba_cli.model.prepare import float_model
 from qmamba_cli.modes import MODES, Mode, Precision, mode_by_name
 from qmamba_cli.progress import Advance, Progress, silent
 from qmamba_cli.resources import calib_data_path
-from qmamba_cli.stages.common import within_gpu_memory
+from qmamba_cli.stages.common import require_checkpoint, within_gpu_memory
 from qmamba_cli.stages.drift_curves import Curve, measured_curves
 from qmamba_cli.stages.partial import Keeper, fingerprint_of
 from qmamba_cli.stages.run import LoadedModel, ModelOptions, load_model
@@ -218,12 +218,12 @@ def _float_model(options: DriftOptions, loaded: LoadedModel) -> Mamba:
         if options.model is None:
             error.hint = f"the quantized file names it; pass `--model` if it is elsewhere. {error.hint}"
         raise
-    if checkpoint.digest != record["digest"]:
-        raise ArtifactError(
-            f"`{loaded.name}` was made from another checkpoint: the weights of `{source}` differ "
-            f"from those of `{record['source']}`, which it names",
-            hint="name the float model that the quantized file was made from: `--model MODEL`",
-        )
+    require_checkpoint(
+        checkpoint,
+        record["digest"],
+        f"`{loaded.name}` was made from",
+        hint="name the float model that the quantized file was made from: `--model MODEL`",
+    )
     backend = loaded.model.backend
     weights = float_model(checkpoint.config, checkpoint.load, device=backend.device)
     return Mamba(weights, MODES["fp"], backend)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from qmamba_cli.artifacts.calibration import CalibrationArtifact, read_calibration
-from qmamba_cli.artifacts.checkpoint import Checkpoint, open_checkpoint
+from qmamba_cli.artifacts.checkpoint import Checkpoint
 from qmamba_cli.artifacts.checkpoint_tokenizer import TOKENIZER_FILES
 from qmamba_cli.artifacts.entries import FILES_PREFIX
 from qmamba_cli.artifacts.files import check_output
@@ -27,14 +27,14 @@ from qmamba_cli.artifacts.safetensors_header import TensorInfo
 from qmamba_cli.artifacts.safetensors_io import TensorSource
 from qmamba_cli.artifacts.workdir import Workdir
 from qmamba_cli.config import MambaConfig
-from qmamba_cli.errors import ArtifactError, CheckpointError, UsageError
+from qmamba_cli.errors import UsageError
 from qmamba_cli.model.quantize import Recipe, planned_tensors, quantized_tensors, weight_schemes
 from qmamba_cli.progress import Progress, silent
 from qmamba_cli.quant.grid import Scale
 from qmamba_cli.quant.observers import ObserverSet, Reduction
 from qmamba_cli.sites import SITES, X_PROJ_INPUT, site_key
 from qmamba_cli.stages.calibrate import site_records
-from qmamba_cli.stages.common import model_record
+from qmamba_cli.stages.common import matching_checkpoint
 from qmamba_cli.stages.folder import FolderOptions, card_results, model_card
 from qmamba_cli.stages.parts import Part, bits_per_weight, export_memory, parts_of
 from qmamba_cli.stages.recipes import best_scales, fitted_blocks
@@ -134,7 +134,13 @@ def export(options: ExportOptions, *, progress: Progress = silent, dry_run: bool
     records = site_records(observers, alpha)
     if best:
         scales, records = best_scales(observers, calibration.coverage)
-    checkpoint = _matching_checkpoint(options, calibration, calibration_path)
+    checkpoint = matching_checkpoint(
+        calibration.manifest.model,
+        str(calibration_path),
+        model=options.model,
+        tokenizer=options.tokenizer,
+        offline=options.offline,
+    )
     files = checkpoint.tokenizer_files
     if dry_run:
         sizes = planned_tensors(checkpoint.config, options.recipe, _log_dtype(checkpoint))
@@ -201,31 +207,6 @@ def scale_tensors(scales: Mapping[str, Scale], n_layer: int) -> dict[str, NDArra
         )
         for site in SITES.values()
     }
-
-
-def _matching_checkpoint(
-    options: ExportOptions, calibration: CalibrationArtifact, calibration_path: Path
-) -> Checkpoint:
-    record = calibration.manifest.model
-    source = options.model or record.source
-    try:
-        checkpoint = open_checkpoint(source, tokenizer=options.tokenizer, offline=options.offline)
-    except CheckpointError as error:
-        if options.model is None:
-            error.hint = f"the calibration names it; pass `--model` if it is elsewhere. {error.hint}"
-        raise
-    found = model_record(checkpoint)
-    for what, got, expected in (
-        ("weights", found.digest, record.digest),
-        ("tokenizer", sorted(found.tokenizer_files.items()), sorted(record.tokenizer_files.items())),
-    ):
-        if got != expected:
-            raise ArtifactError(
-                f"calibration `{calibration_path}` was made for another checkpoint: the {what} of `{source}` "
-                "differ from those it names",
-                hint=f"calibrate this one (`qmamba calibrate {source} --force`), or name the other",
-            )
-    return checkpoint
 
 
 def _manifest(

@@ -24,6 +24,7 @@ from qmamba_cli.quant.grid import Scale
 from qmamba_cli.quant.histogram import check_alpha
 from qmamba_cli.quant.observers import ObserverSet, Reduction
 from qmamba_cli.quant.weights import DEFAULT_GROUP_SIZE
+from qmamba_cli.stages.common import require_checkpoint
 from qmamba_cli.stages.load import assemble, has_channel_scales, stored_scales
 
 ALL = "all"
@@ -285,12 +286,12 @@ class _Source:
                 f"`--w-bits` quantizes the float model anew, got none, expected `{record.source}`",
                 hint="name it with `--baseline MODEL`",
             )
-        if self._checkpoint.digest != record.digest:
-            raise ArtifactError(
-                f"`--w-bits` quantizes `{self._checkpoint.source}` anew, got another checkpoint than the one "
-                "the file was made from",
-                hint="name the float model that the quantized file was made from: `--baseline MODEL`",
-            )
+        require_checkpoint(
+            self._checkpoint,
+            record.digest,
+            f"`--w-bits` needs the float model; `{self._artifact.path}` was made from",
+            hint="name the float model that the quantized file was made from: `--baseline MODEL`",
+        )
         return self._checkpoint
 
     def _scales_at(self, alpha: float | None) -> dict[str, Scale]:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from qmamba_cli.artifacts.calibration import CalibrationArtifact, read_calibration
-from qmamba_cli.artifacts.checkpoint import Checkpoint, open_checkpoint
+from qmamba_cli.artifacts.calibration import read_calibration
 from qmamba_cli.artifacts.manifest import library_versions, tool_version
 from qmamba_cli.artifacts.workdir import Workdir
 from qmamba_cli.config import MambaConfig
-from qmamba_cli.errors import ArtifactError, UsageError
+from qmamba_cli.errors import UsageError
 from qmamba_cli.evaluation.divergence import CONFIDENCE, RESAMPLES
 from qmamba_cli.evaluation.scoring import require_vocabulary
 from qmamba_cli.evaluation.sensitivity import Row, Target, TensorError, linear_histogram
@@ -24,7 +23,7 @@ from qmamba_cli.model.quantize import Recipe
 from qmamba_cli.progress import Progress, silent
 from qmamba_cli.quant.observers import ObserverSet, Reduction
 from qmamba_cli.sites import SITES, site_key
-from qmamba_cli.stages.common import within_gpu_memory
+from qmamba_cli.stages.common import matching_checkpoint, within_gpu_memory
 from qmamba_cli.stages.fake_quantized import fake_quantizer
 from qmamba_cli.stages.partial import Keeper, fingerprint_of, tensors_of
 from qmamba_cli.stages.sensitivity_rows import Plan, Rows, Views, measured_rows, own_errors
@@ -164,7 +163,13 @@ def sensitivity(options: SensitivityOptions, *, progress: Progress = silent) -> 
     )
     alpha = calibration.manifest.alpha if options.alpha is None else options.alpha
     scales = observers.scales(alpha)
-    checkpoint = _matching_checkpoint(options, calibration, path)
+    checkpoint = matching_checkpoint(
+        calibration.manifest.model,
+        str(path),
+        model=options.model,
+        tokenizer=options.tokenizer,
+        offline=options.offline,
+    )
     tokenizer = Tokenizer.from_files(checkpoint.tokenizer_files)
     found = task_batches(
         task_by_name(options.task),
@@ -242,21 +247,6 @@ def _check_options(options: SensitivityOptions) -> None:
     if options.per not in VIEWS:
         raise UsageError(f"unknown `--per {options.per}`, expected one of {', '.join(VIEWS)}")
     require_text(task_by_name(options.task), options.data)
-
-
-def _matching_checkpoint(
-    options: SensitivityOptions, calibration: CalibrationArtifact, path: Path
-) -> Checkpoint:
-    record = calibration.manifest.model
-    source = options.model or record.source
-    checkpoint = open_checkpoint(source, tokenizer=options.tokenizer, offline=options.offline)
-    if checkpoint.digest != record.digest:
-        raise ArtifactError(
-            f"calibration `{path}` was made for another checkpoint: the weights of `{source}` differ from "
-            f"those of `{record.source}`, which it names",
-            hint=f"calibrate this one (`qmamba calibrate {source} --force`), or name the other",
-        )
-    return checkpoint
 
 
 def _histograms(
