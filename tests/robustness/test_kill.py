@@ -114,22 +114,27 @@ def test_killed_within_a_write(stage: Stage, tmp_path: Path) -> None:
 
 
 def test_killed_at_random_moments(stage: Stage, tmp_path: Path, kills: int) -> None:
+    """As many kills as asked for, spread over the time that the stage takes."""
     generator = random.Random(20_250)
     seconds = max(measured(stage, working_folder(stage, tmp_path / f"m{n}")) for n in range(2))
-    killed = 0
-    for number in range(kills):
-        fresh = bool(number % 2)
+    killed = survived = 0
+    while killed < kills:
+        fresh = bool(killed % 2)
         folder = working_folder(stage, tmp_path / "w", fresh=fresh)
-        delay = seconds * (number + generator.random()) / kills
+        delay = seconds * (killed + generator.random()) / kills
         child = Child.start(lambda folder=folder: stage.make(folder, NEW))
         time.sleep(delay)
         code = child.kill()
         assert code in (0, -signal.SIGKILL)
-        killed += code != 0
-        require_whole(stage, folder, fresh=fresh, context=(number, delay))
-        require_rerun(stage, folder, (number, delay))
+        require_whole(stage, folder, fresh=fresh, context=(killed, delay))
+        require_rerun(stage, folder, (killed, delay))
         shutil.rmtree(folder)
-    assert killed >= kills / 3, "most children were faster than their killer"
+        killed += code != 0
+        if code == 0:
+            # It was over before its killer came: the machine is faster than when it was measured.
+            survived += 1
+            seconds *= 0.95
+            assert survived < 100 + kills, "the children are faster than their killer"
 
 
 def test_a_killed_rerun_over_a_killed_run(stage: Stage, tmp_path: Path) -> None:
