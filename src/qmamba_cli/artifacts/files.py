@@ -169,7 +169,7 @@ def check_output(path: Path, *, force: bool, directory: bool = False, known: Col
         QmambaError: something else is there, it may not be replaced, or the folder cannot be written.
     """
     target = _real(path)
-    with _reported(path, target):
+    with writing(path, target):
         _require_free(path, target, force=force, directory=directory, known=known)
         folder = next(parent for parent in target.parents if parent.exists())
         if not folder.is_dir():
@@ -290,7 +290,7 @@ def _leftovers(target: Path, role: str) -> list[Path]:
 def _sole_writer(path: Path, target: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the target's lock, with the leftovers of writers that are gone cleared away."""
     lock = target.with_name(f".{target.name}.qmamba-lock")
-    with _reported(path, target):
+    with writing(path, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(lock, path, patience)
         try:
@@ -379,8 +379,8 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _reported(path: Path, target: Path) -> Iterator[None]:
-    """Report a disk that refuses ``target`` as a `QmambaError`; any other `OSError` passes."""
+def writing(path: Path, target: Path) -> Iterator[None]:
+    """Report a disk that refuses ``target``, which is ``path`` behind links, as a `QmambaError`."""
     try:
         yield
     except OSError as error:

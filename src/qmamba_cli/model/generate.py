@@ -163,7 +163,13 @@ class _TokenReader:
 
 
 def sample_sequences(
-    model: Mamba, start: NDArray[np.int64], *, length: int, seed: int, vocab_size: int | None = None
+    model: Mamba,
+    start: NDArray[np.int64],
+    *,
+    length: int,
+    seed: int,
+    vocab_size: int | None = None,
+    on_tokens: Callable[[int], object] = lambda _count: None,
 ) -> NDArray[np.int64]:
     """Sample a batch of sequences at temperature 1.
 
@@ -173,6 +179,7 @@ def sample_sequences(
         length: tokens to sample; the start token is not one of them.
         seed: of the sampling; the same arguments give the same tokens on the same device.
         vocab_size: as for `generate`.
+        on_tokens: told how many tokens were made; on a GPU, asked for.
 
     Returns:
         (b, length) int64.
@@ -183,4 +190,5 @@ def sample_sequences(
     for position in range(length):
         made = decoder.step() if position else decoder.start(begin, temperature=1.0, seed=seed)
         tokens[:, position] = made
+        on_tokens(len(start))
     return tokens.cpu().numpy()

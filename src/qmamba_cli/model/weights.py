@@ -1,6 +1,6 @@
 """Weights as the block reads them, float or quantized."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -134,7 +134,7 @@ class ModelWeights:
     Attributes:
         config: sizes.
         embedding: (vocab_size, d_model) float32, float16 or bfloat16, or int8 with ``embedding_scale``.
-        blocks: one entry a layer.
+        blocks: one entry a layer; a tuple, or on a CPU what reads them from elsewhere as they are asked for.
         norm_f: (d_model,) float32, or None where lm_head has absorbed it.
         lm_head: (vocab_size, d_model); the embedding's own tensors where the head is tied and both are in one
             basis.
@@ -146,7 +146,7 @@ class ModelWeights:
 
     config: MambaConfig
     embedding: torch.Tensor
-    blocks: tuple[BlockWeights, ...]
+    blocks: Sequence[BlockWeights]
     norm_f: torch.Tensor | None
     lm_head: LinearWeights
     embedding_scale: torch.Tensor | None = None
@@ -161,16 +161,25 @@ def on_device(weights: W, device: torch.device) -> W:
 
     Tensors that are there already are shared, and one that serves twice is moved once.
     """
-    moved: W = _moved(weights, device, {})
-    return moved
+    done: dict[int, torch.Tensor] = {}
+    return map_tensors(weights, lambda tensor: done.setdefault(id(tensor), tensor.to(device)))
 
 
-def _moved(value: Any, device: torch.device, done: dict[int, torch.Tensor]) -> Any:
+def map_tensors(weights: W, function: Callable[[torch.Tensor], torch.Tensor]) -> W:
+    """The same weights with every tensor replaced by what ``function`` makes of it, in a fixed order.
+
+    Blocks that are not a tuple are where they are, and stay as they are.
+    """
+    mapped: W = _mapped(weights, function)
+    return mapped
+
+
+def _mapped(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        return done.setdefault(id(value), value.to(device))
+        return function(value)
     if isinstance(value, tuple):
-        return tuple(_moved(item, device, done) for item in value)
+        return tuple(_mapped(item, function) for item in value)
     if is_dataclass(value) and not isinstance(value, type | MambaConfig):
-        changed = {field.name: _moved(getattr(value, field.name), device, done) for field in fields(value)}
+        changed = {field.name: _mapped(getattr(value, field.name), function) for field in fields(value)}
         return replace(value, **changed)
     return value

@@ -1,5 +1,6 @@
 """Stage 1: float checkpoint and text to a calibration artifact."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,9 +21,7 @@ from qmamba_cli.errors import UsageError
 from qmamba_cli.evaluation.overlap import Overlap
 from qmamba_cli.kernels.backend import Backend, select_backend
 from qmamba_cli.model.mamba import Mamba
-from qmamba_cli.model.prepare import float_model
 from qmamba_cli.model.streaming import Observable, ResidentMamba, StreamedMamba, is_streamed
-from qmamba_cli.modes import MODES
 from qmamba_cli.progress import Progress, silent
 from qmamba_cli.quant.coverage import CoverageReport, coverage_report
 from qmamba_cli.quant.histogram import check_alpha
@@ -33,6 +32,7 @@ from qmamba_cli.stages.common import check_seed, model_record
 from qmamba_cli.stages.distributed import SINGLE, World, joined, share_of
 from qmamba_cli.stages.estimate import Estimate, estimate_calibration
 from qmamba_cli.stages.observe import Observed, Part, Run, Stop, claimed_path, progress_path, together
+from qmamba_cli.stages.spooled import float_model_on, is_spooled, spooled_model
 from qmamba_cli.text import SELF, Samples
 from qmamba_cli.tokenizer import Tokenizer
 
@@ -206,8 +206,15 @@ def _prepare(options: CalibrateOptions, progress: Progress, *, dry_run: bool) ->
     # Before the text is read, which may take long.
     first, end = _bounds(options)
     # The text of `self` comes from the model; any other is read before the model is loaded.
-    model = _float_model(checkpoint, backend) if options.dataset == SELF and not dry_run else None
-    samples = all_samples(options, tokenizer, model, progress)
+    model: Mamba | None = None
+    writer: AbstractContextManager[Mamba] | None = None
+    if options.dataset == SELF and not dry_run:
+        if is_spooled(checkpoint.config, backend):
+            writer = spooled_model(checkpoint, backend, options.workdir)
+        else:
+            model = float_model_on(checkpoint, backend)
+            writer = nullcontext(model)
+    samples = all_samples(options, tokenizer, writer, progress)
     overlap = None
     if options.check_overlap is not None and samples is not None:
         observed = samples.tokens[first:end]
@@ -286,12 +293,7 @@ def _observable(job: _Job) -> Observable:
     checkpoint = job.checkpoint
     if job.model is None and is_streamed(checkpoint.config):
         return StreamedMamba(checkpoint.config, checkpoint.load, job.backend)
-    return ResidentMamba(job.model or _float_model(checkpoint, job.backend))
-
-
-def _float_model(checkpoint: Checkpoint, backend: Backend) -> Mamba:
-    weights = float_model(checkpoint.config, checkpoint.load)
-    return Mamba(weights, MODES["fp"], backend)
+    return ResidentMamba(job.model or float_model_on(checkpoint, job.backend))
 
 
 def _widest_clip(observers: ObserverSet) -> tuple[str, float, float] | None:

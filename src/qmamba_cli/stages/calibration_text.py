@@ -1,5 +1,6 @@
 """The text of a calibration: all of its samples, and what they share with a text for evaluation."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,18 @@ if TYPE_CHECKING:
 
 
 def all_samples(
-    options: "CalibrateOptions", tokenizer: Tokenizer, model: Mamba | None, progress: Progress
+    options: "CalibrateOptions",
+    tokenizer: Tokenizer,
+    model: AbstractContextManager[Mamba] | None,
+    progress: Progress,
 ) -> Samples | None:
     """All of the samples, whatever part of them is observed.
 
     Args:
         options: what is asked.
         tokenizer: of the model.
-        model: the float model, where the text is its own.
-        progress: told of every sampled sequence.
+        model: brings the float model, where the text is its own.
+        progress: told of every sampled token.
 
     Returns:
         The samples; None where the model would have to make them and is not given.
@@ -36,7 +40,10 @@ def all_samples(
         DatasetError: the text is missing, malformed or too short.
     """
     if options.dataset == SELF:
-        return None if model is None else _sample_from_model(options, tokenizer, model, progress)
+        if model is None:
+            return None
+        with model as loaded:
+            return _sample_from_model(options, tokenizer, loaded, progress)
     documents = open_documents(options.dataset, text_column=options.text_column, offline=options.offline)
     return choose_samples(
         documents,
@@ -68,12 +75,12 @@ def _sample_from_model(
     options: "CalibrateOptions", tokenizer: Tokenizer, model: Mamba, progress: Progress
 ) -> Samples:
     vocab_size = min(tokenizer.vocab_size, model.vocab_size)
-    with progress("sampling text from the model", options.samples) as advance:
+    with progress("sampling text from the model", options.samples * options.seqlen) as advance:
 
         def generate(start: NDArray[np.int64], *, length: int, seed: int) -> NDArray[np.int64]:
-            batch = sample_sequences(model, start, length=length, seed=seed, vocab_size=vocab_size)
-            advance(len(start))
-            return batch
+            return sample_sequences(
+                model, start, length=length, seed=seed, vocab_size=vocab_size, on_tokens=advance
+            )
 
         return sample_from_model(
             generate,

@@ -6,6 +6,7 @@ it say what really goes in. Formats, sizes and kernels are those of the plain re
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +20,7 @@ from qmamba_cli.config import MambaConfig
 from qmamba_cli.errors import ArtifactError
 from qmamba_cli.kernels.backend import Backend, select_backend
 from qmamba_cli.model.block import block_forward
-from qmamba_cli.model.mamba import Mamba
-from qmamba_cli.model.prepare import Load, float_block, float_model, rotate_inputs
+from qmamba_cli.model.prepare import Load, float_block, rotate_inputs
 from qmamba_cli.model.quantize import Recipe, block_tensors, group_tensors, quantized_block
 from qmamba_cli.model.weights import BlockWeights, on_device
 from qmamba_cli.modes import DEFAULT_MODE, MODES
@@ -32,6 +32,7 @@ from qmamba_cli.quant.observers import ObserverSet
 from qmamba_cli.quant.weights import quantize_rows
 from qmamba_cli.stages.calibrate import CalibrateOptions
 from qmamba_cli.stages.calibration_text import all_samples
+from qmamba_cli.stages.spooled import text_writer
 from qmamba_cli.text import SELF
 from qmamba_cli.tokenizer import Tokenizer
 
@@ -105,10 +106,19 @@ def calibration_samples(
     manifest: CalibrationManifest,
     backend: Backend,
     *,
+    folder: Path,
     offline: bool,
     progress: Progress,
 ) -> NDArray[np.int32]:
     """The first `SAMPLES` token windows that a calibration observed, read from its source again.
+
+    Args:
+        checkpoint: the float checkpoint.
+        manifest: of the calibration.
+        backend: where a model runs that wrote its own text.
+        folder: where the blocks of such a model wait if it is large.
+        offline: use only the Hub's local cache.
+        progress: told of every token that is written.
 
     Returns:
         (n, seqlen) int32.
@@ -129,10 +139,8 @@ def calibration_samples(
         shuffle=record.shuffle,
         offline=offline,
     )
-    model = None
-    if record.dataset == SELF:
-        model = Mamba(float_model(checkpoint.config, checkpoint.load), MODES["fp"], backend)
-    samples = all_samples(options, Tokenizer.from_files(checkpoint.tokenizer_files), model, progress)
+    writer = text_writer(checkpoint, backend, folder) if record.dataset == SELF else None
+    samples = all_samples(options, Tokenizer.from_files(checkpoint.tokenizer_files), writer, progress)
     if samples is None or samples.digest != record.digest or list(samples.ids) != record.sample_ids:
         raise ArtifactError(
             f"the calibration text `{record.dataset}` is not the one that was observed: its digest differs",
@@ -160,7 +168,14 @@ def fitted_blocks(
     if all(recipe.projection_bits(name) == 8 for name in names):
         return None
     backend = select_backend(options.device)
-    tokens = calibration_samples(checkpoint, manifest, backend, offline=options.offline, progress=progress)
+    tokens = calibration_samples(
+        checkpoint,
+        manifest,
+        backend,
+        folder=options.out.parent,
+        offline=options.offline,
+        progress=progress,
+    )
     return iter(FittedBlocks(config, checkpoint.load, recipe, scales, tokens, backend, progress=progress))
 
 
