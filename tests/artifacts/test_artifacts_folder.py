@@ -12,7 +12,16 @@ from artifact_samples import TOKENIZER, make_quantized, quantized_manifest, tens
 from safetensors.torch import load_file
 
 from qmamba_cli.artifacts.checkpoint import open_checkpoint
-from qmamba_cli.artifacts.folder import CARD, CONFIG, INDEX, MANIFEST, WHOLE, known_entries, write_folder
+from qmamba_cli.artifacts.folder import (
+    CARD,
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    SUMS,
+    WHOLE,
+    known_entries,
+    write_folder,
+)
 from qmamba_cli.artifacts.quantized import read_quantized, read_quantized_manifest
 from qmamba_cli.config import MambaConfig
 from qmamba_cli.errors import ArtifactError, CheckpointError, QmambaError
@@ -139,7 +148,7 @@ def test_what_is_replaced_and_what_is_not(tmp_path: Path) -> None:
         make_folder(tmp_path / "f")
     # Fewer shards than before: none of the old ones stays.
     make_folder(tmp_path / "f", limit=1000, force=True)
-    expected = {WHOLE, MANIFEST, CONFIG, CARD, *TOKENIZER}
+    expected = {WHOLE, MANIFEST, CONFIG, CARD, SUMS, *TOKENIZER}
     assert {entry.name for entry in (tmp_path / "f").iterdir()} == expected
     assert set(known_entries(tmp_path / "f")) == expected | {INDEX}
     (tmp_path / "f" / "notes.txt").touch()

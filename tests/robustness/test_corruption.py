@@ -17,8 +17,8 @@ from victims import OLD, STAGES, Child, identity, working_folder
 
 from qmamba_cli.artifacts.calibration import read_calibration
 from qmamba_cli.artifacts.files import canonical_json, sha256_bytes
-from qmamba_cli.artifacts.folder import write_folder
-from qmamba_cli.artifacts.quantized import METADATA_KEY, read_quantized
+from qmamba_cli.artifacts.folder import check_sums, write_folder
+from qmamba_cli.artifacts.quantized import METADATA_KEY, read_quantized, read_quantized_manifest
 from qmamba_cli.artifacts.safetensors_io import open_safetensors, write_safetensors
 from qmamba_cli.errors import ArtifactError, QmambaError
 from qmamba_cli.modes import mode_by_name
@@ -28,7 +28,11 @@ from qmamba_cli.stages.verify import Others, verify
 
 # What reading may take beside the file itself: the parsed header, pydantic's copies, and malloc's own arenas.
 ALLOWANCE = 96 << 20
-READ = {"q": read_quantized, "folder": read_quantized, "c": read_calibration}
+READ: dict[str, Callable[[Path], object]] = {
+    "q": read_quantized,
+    "folder": lambda path: check_sums(path, read_quantized(path).manifest),
+    "c": read_calibration,
+}
 
 
 @cache
@@ -115,6 +119,18 @@ def test_every_flipped_bit_beside_a_folders_manifest_is_found(samples: Path, nam
     in_child(lambda: flip_every_bit("folder", samples, file))
 
 
+@pytest.mark.parametrize("name", ["config.json", "README.md", "SHA256SUMS"])
+def test_every_flipped_bit_of_what_others_read_is_found(samples: Path, name: str) -> None:
+    folder = samples / "folder"
+    manifest = read_quantized_manifest(folder)
+    content = (folder / name).read_bytes()
+    for place, byte in enumerate(content):
+        for bit in range(8):
+            with damaged(folder / name, place, byte ^ 1 << bit), pytest.raises(ArtifactError):
+                check_sums(folder, manifest)
+    assert check_sums(folder, manifest)
+
+
 def test_random_flips_of_data_are_found(tmp_path: Path) -> None:
     """A thousand bits of a real export, and of the statistics of a real calibration."""
     identity(STAGES["export"], OLD)
@@ -151,10 +167,7 @@ def test_every_cut_is_found(samples: Path, tmp_path: Path) -> None:
         limit_memory(ALLOWANCE)
         for artifact in READ:
             path = tmp_path / "copy" / artifact
-            # config.json and the card are for other programs and people; no reader here opens them.
-            described = {"config.json", "README.md"}
-            files = [path] if path.is_file() else sorted(path.iterdir())
-            for file in (file for file in files if file.name not in described):
+            for file in [path] if path.is_file() else sorted(path.iterdir()):
                 content = file.read_bytes()
                 for middle in range(0, len(content) + 1, 64):
                     for length in {middle - 1, middle, middle + 1}:
@@ -196,6 +209,19 @@ def test_verify_says_that_damage_is_damage(tmp_path: Path) -> None:
                 checks = verify(folder / "ckpt.safetensors", Others(workdir=folder))
                 assert "failed" in {check.verdict for check in checks}, (file, place)
     checks = verify(folder / "ckpt.safetensors", Others(workdir=folder))
+    assert {check.verdict for check in checks} <= {"ok", "absent"}, checks
+
+
+def test_verify_covers_every_file_of_a_folder(tmp_path: Path) -> None:
+    folder = working_folder(STAGES["export-folder"], tmp_path / "w")
+    generator = random.Random(3)
+    for file in sorted((folder / "ckpt").iterdir()):
+        content = file.read_bytes()
+        place = generator.randrange(len(content))
+        with damaged(file, place, content[place] ^ 1 << generator.randrange(8)):
+            checks = verify(folder / "ckpt", Others(workdir=folder))
+            assert "failed" in {check.verdict for check in checks}, (file, place)
+    checks = verify(folder / "ckpt", Others(workdir=folder))
     assert {check.verdict for check in checks} <= {"ok", "absent"}, checks
 
 

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from command_line import SCORE, artifacts, done, qmamba, refused, refused_in, tree
 
-from qmamba_cli.errors import UsageError
+from qmamba_cli.artifacts.folder import check_sums
+from qmamba_cli.artifacts.quantized import read_quantized, read_quantized_manifest
+from qmamba_cli.errors import ArtifactError, UsageError
 from qmamba_cli.stages.folder import FolderOptions, parse_size
 
 EXPORT = ("export", "--calibration", artifacts().calibration, "--workdir", "w")
@@ -41,10 +44,10 @@ def test_the_folder_runs_as_the_file_does(home: Path) -> None:
 def test_what_is_in_the_folder(home: Path) -> None:
     names = {path.name for path in (home / "f").iterdir()}
     shards = {f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)}
-    fixed = {"config.json", "qmamba.json", "README.md", "model.safetensors.index.json"}
+    fixed = {"config.json", "qmamba.json", "README.md", "SHA256SUMS", "model.safetensors.index.json"}
     assert names == shards | fixed | {"tokenizer.json", "tokenizer_config.json"}
     verified = done("verify", "f", "--calibration", artifacts().calibration, "--json", cwd=home).json()
-    assert [row["verdict"] for row in verified["checks"]] == ["ok"] * 5
+    assert [row["verdict"] for row in verified["checks"]] == ["ok"] * 6
     one, other = (
         done("inspect", path, "--json", cwd=home).json()["manifest"] for path in ("f", artifacts().w4)
     )
@@ -58,6 +61,34 @@ def test_an_edited_config_is_found(home: Path, tmp_path: Path) -> None:
     outcome = qmamba("verify", "f", cwd=tmp_path)
     assert outcome.code == 3
     assert "its config.json failed: d_state is 8, the manifest says 16" in outcome.err
+
+
+def test_verify_names_what_differs_from_the_sums(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    shutil.copytree(home / "f", folder)
+    ended = subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.count(": OK") == 3
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "Better than it is.\n")
+    outcome = qmamba("verify", "f", cwd=tmp_path)
+    assert outcome.code == 3
+    assert "its config.json and README.md failed: `README.md` of `f` is damaged" in outcome.err
+    # The sums of another model vouch for nothing here.
+    done(*EXPORT, "--format", "folder", "--w-bits", 8, "--out", "other", cwd=tmp_path)
+    for name in ("README.md", "SHA256SUMS", "config.json"):
+        shutil.copy(tmp_path / "other" / name, folder / name)
+    outcome = qmamba("verify", "f", cwd=tmp_path)
+    assert outcome.code == 3
+    assert "`qmamba.json` of `f` is damaged" in outcome.err
+
+
+def test_a_folder_from_before_the_sums_is_read(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "f", tmp_path / "f")
+    (tmp_path / "f" / "SHA256SUMS").unlink()
+    assert read_quantized(tmp_path / "f").digest == read_quantized(home / "f").digest
+    manifest = read_quantized_manifest(tmp_path / "f")
+    assert not check_sums(tmp_path / "f", manifest.model_copy(update={"format_version": 1}))
+    with pytest.raises(ArtifactError, match="`SHA256SUMS` is missing"):
+        check_sums(tmp_path / "f", manifest.model_copy(update={"format_version": 2}))
 
 
 def test_the_card(home: Path) -> None:

@@ -45,13 +45,20 @@ CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
 CARD: Final = "README.md"
 WHOLE: Final = "model.safetensors"
+SUMS: Final = "SHA256SUMS"
+# A folder of an older version may lack its sums.
+_SUMS_SINCE: Final = 2
+# What has no digest anywhere else, and the manifest, so that the sums of another folder are none of this one.
+_SUMMED: Final = (CARD, CONFIG, MANIFEST)
 # The customary size of a shard, in bytes: the Hub serves files up to some ten times that.
 MAX_SHARD_BYTES = 5 * 10**9
+_FIXED_NAMES: Final = (MANIFEST, CONFIG, WHOLE, INDEX, CARD, SUMS)
 _SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # What transformers writes as well, so that other readers take the shards for what they are.
 _SHARD_METADATA = {"format": "pt"}
 # A tokenizer of a million tokens takes a tenth of it.
 _MAX_FILE_BYTES = 1 << 28
+_MAX_SUMS_BYTES = 1 << 10
 # Makes the text of the model card from the sealed manifest.
 Card = Callable[[QuantizedManifest], str]
 
@@ -63,7 +70,7 @@ def known_entries(path: Path, files: Collection[str] = ()) -> tuple[str, ...]:
         path: the folder, which need not exist.
         files: names of tokenizer files.
     """
-    fixed: tuple[str, ...] = (MANIFEST, CONFIG, WHOLE, INDEX, CARD, *files)
+    fixed: tuple[str, ...] = (*_FIXED_NAMES, *files)
     with reading(path):
         found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if MANIFEST in found:
@@ -104,7 +111,7 @@ def write_folder(
     """
     check_contents({}, files, manifest)
     for name in files:
-        if name in (MANIFEST, CONFIG, WHOLE, INDEX, CARD) or _SHARD_NAME.fullmatch(name):
+        if name in _FIXED_NAMES or _SHARD_NAME.fullmatch(name):
             raise ValueError(f"file name `{name}` is taken in a model folder")
     with (
         atomic_directory(path, force=force, known=known_entries(path, files)) as folder,
@@ -121,6 +128,7 @@ def write_folder(
         texts = {MANIFEST: written.to_json(), CONFIG: _config_text(written), CARD: card(written)}
         if WHOLE not in weight_map.values():
             texts[INDEX] = _index_text(weight_map, sum(info.nbytes for info in infos.values()))
+        texts[SUMS] = _sums_text({name: sha256_bytes(texts[name].encode()) for name in _SUMMED})
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         for name, data in files.items():
@@ -133,7 +141,7 @@ def read_folder(
 ) -> tuple[QuantizedManifest, dict[str, SafetensorsFile], dict[str, bytes]]:
     """Open a model folder and check it in the order of docs/artifact-format.md.
 
-    config.json and README.md are for other programs and people; neither is read here.
+    config.json and README.md are for other programs and people; neither is read here, see `check_sums`.
 
     Args:
         path: the folder.
@@ -180,6 +188,39 @@ def _shards(tensors: Mapping[str, TensorSource], limit: int) -> dict[str, dict[s
         f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
         for number, shard in enumerate(shards, start=1)
     }
+
+
+def check_sums(path: Path, manifest: QuantizedManifest) -> bool:
+    """Hold what the manifest has no digest of, config.json and README.md, against the folder's sums.
+
+    Args:
+        path: the folder.
+        manifest: its checked manifest.
+
+    Returns:
+        Whether there are any: a folder of an older version may have none.
+
+    Raises:
+        QmambaError: a file cannot be read.
+        ArtifactError: the sums are damaged or missing, or a file is or differs from them.
+    """
+    hint = f"copy the file again, or {manifest.REMEDY}"
+    if not (path / SUMS).exists():
+        if manifest.format_version < _SUMS_SINCE:
+            return False
+        raise ArtifactError(f"file `{SUMS}` is missing from model folder `{path}`", hint=hint)
+    text = _bounded(path / SUMS, _MAX_SUMS_BYTES)
+    named = {line[66:]: line[:64] for line in text.decode("ascii", "replace").splitlines()}
+    if tuple(sorted(named)) != tuple(sorted(_SUMMED)) or _sums_text(named).encode("ascii", "replace") != text:
+        raise ArtifactError(f"`{SUMS}` of `{path}` is not as it was written, so it was edited", hint=hint)
+    for name in _SUMMED:
+        _file(path, name, named[name])
+    return True
+
+
+def _sums_text(digests: Mapping[str, str]) -> str:
+    """The lines of `sha256sum`, whose ``-c`` can check them."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
 
 
 def _index_text(weight_map: Mapping[str, str], total: int) -> str:
@@ -255,7 +296,7 @@ def _open_shard(path: Path, name: str) -> SafetensorsFile:
 
 
 def _file(path: Path, name: str, digest: str) -> bytes:
-    """A tokenizer file; its plain name was checked with the manifest."""
+    """A file with a digest; the plain names of tokenizer files were checked with the manifest."""
     if not (path / name).is_file():
         raise ArtifactError(
             f"file `{name}` is missing from model folder `{path}`", hint=QuantizedManifest.REMEDY

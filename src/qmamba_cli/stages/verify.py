@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qmamba_cli.artifacts.calibration import read_calibration, read_calibration_manifest
 from qmamba_cli.artifacts.checkpoint_config import read_config
+from qmamba_cli.artifacts.folder import SUMS, check_sums
 from qmamba_cli.artifacts.manifest import QuantizedManifest
 from qmamba_cli.artifacts.quantized import is_model_folder, read_quantized
 from qmamba_cli.artifacts.workdir import Workdir
@@ -166,6 +167,7 @@ def _quantized(path: Path, calibration: Path | None, others: Others) -> Iterator
     yield Check(what=what, verdict=Verdict.OK, detail=detail, stage="export", digest=digest)
     if folder:
         yield _config(path, manifest)
+        yield _sums(path, manifest)
     link = "its calibration"
     if calibration is None:
         detail = f"digest {manifest.calibration.digest[:_SHOWN]}; name the folder with --calibration"
@@ -194,6 +196,18 @@ def _config(path: Path, manifest: QuantizedManifest) -> Check:
     name = next(key for key in mine if mine[key] != theirs[key])
     detail = f"{name} is {theirs[name]}, the manifest says {mine[name]}"
     return Check(what=what, verdict=Verdict.FAILED, detail=detail)
+
+
+def _sums(path: Path, manifest: QuantizedManifest) -> Check:
+    """Whether config.json and the card are as they were written."""
+    what = "its config.json and README.md"
+    try:
+        summed = check_sums(path, manifest)
+    except QmambaError as error:
+        return Check(what=what, verdict=Verdict.FAILED, detail=error.message)
+    if not summed:
+        return Check(what=what, verdict=Verdict.ABSENT, detail=f"the folder is older than its {SUMS}")
+    return Check(what=what, verdict=Verdict.OK, detail=f"the digests in {SUMS}")
 
 
 def _calibration(path: Path, others: Others) -> Iterator[Check]:
