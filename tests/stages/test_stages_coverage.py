@@ -13,14 +13,18 @@ from command_line import done, qmamba, refused, tree
 from qmamba_cli.artifacts.calibration import COVERAGE, MANIFEST, read_calibration, read_calibration_manifest
 from qmamba_cli.errors import ArtifactError, UsageError
 from qmamba_cli.evaluation.overlap import shared_passages
+from qmamba_cli.model import streaming
 from qmamba_cli.model.mamba import Mamba
+from qmamba_cli.model.streaming import weight_bytes
 from qmamba_cli.quant.coverage import CHANNEL_AXES, Coverage, coverage_report
 from qmamba_cli.quant.observers import ObserverSet
 from qmamba_cli.sites import SITES, ObserverKind, site_keys
 from qmamba_cli.stages.calibrate import calibrate
 from qmamba_cli.stages.coverage import coverage_of
+from qmamba_cli.stages.estimate import Trials
 from qmamba_cli.stages.export import ExportOptions, export
 
+SELF = {"dataset": "self"}
 U, LAST = "layers.0.x_proj:input", "lm_head:input"
 
 
@@ -240,13 +244,33 @@ def test_a_dry_run_tells_what_it_will_need(
     assert estimate.weight_bytes == 4 * (estimate.parameters + head * bool(config["tie_embeddings"]))
     assert estimate.memory_bytes > estimate.weight_bytes + estimate.statistics_bytes
     assert estimate.seconds > 0
+    assert estimate.stored_bytes == 4 * estimate.parameters and estimate.bits_per_weight == 32
+    assert (estimate.config.n_layer, estimate.disk_bytes) == (2, 0)
     half = calibrate(options(tmp_path, shard=(1, 2)), dry_run=True)
     assert half.samples == 15 and half.path.name == "calibration-1-of-2"
     assert tree(tmp_path) == {}
     outcome = done(*command_line(tmp_path / "w"), "--dry-run", cwd=tmp_path)
-    for part in ("parameters", "memory", "estimate", "3 x 16 tokens"):
+    for part in ("parameters", "memory", "estimate", "3 x 16 tokens", "2 layers", "32.00 bits per weight"):
         assert part in outcome.out
     assert tree(tmp_path) == {}
+
+
+def test_a_dry_run_counts_the_text_that_a_large_model_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose blocks wait on the disk; every one of several processes writes all of it."""
+    monkeypatch.setattr(streaming, "STREAM_ABOVE_BYTES", 0)
+    for kind in ("product", "exponential", "rotated", "hashed", "copied"):
+        monkeypatch.setattr(Trials, kind, 1e-9)
+    monkeypatch.setattr(Trials, "read", lambda *_: 1e-9)
+    read, own = (calibrate(options(tmp_path, **asked), dry_run=True).estimate for asked in ({}, SELF))
+    assert read is not None and own is not None
+    assert own.disk_bytes == weight_bytes(own.config) and read.disk_bytes == 0
+    assert own.seconds > read.seconds
+    shard = calibrate(options(tmp_path, shard=(1, 2), **SELF), dry_run=True).estimate
+    assert shard is not None and own.seconds / 2 < shard.seconds < own.seconds
+    outcome = done(*command_line(tmp_path / "w"), "--dataset=self", "--dry-run", cwd=tmp_path)
+    assert "disk" in outcome.out
 
 
 def test_neither_threads_nor_hash_seeds_change_a_byte(tmp_path: Path) -> None:

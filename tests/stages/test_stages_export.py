@@ -105,6 +105,7 @@ def test_a_dry_run_plans_what_is_written(tmp_path: Path, recipe: dict[str, Any])
     assert planned.parts == real.parts
     assert planned.bits_per_weight == real.bits_per_weight
     assert planned.digest == "" != real.digest
+    assert planned.seconds > 0 == real.seconds
     # The header comes on top of the planned data.
     assert planned.bytes == sum(part.bytes for part in real.parts)
     assert real.bytes == (tmp_path / "q").stat().st_size

@@ -6,6 +6,7 @@ for, so that a model larger than the memory can be calibrated and exported.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -100,6 +101,12 @@ class Checkpoint:
                 hint="the file is damaged or the training diverged; use another checkpoint",
             )
         return tensor
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of its tensors as they are stored; a tied head counts once."""
+        stored = (_stored(self._table, name) for name in self.names)
+        return sum(math.prod(row.shape) * getattr(torch, row.dtype).itemsize for row in stored)
 
     @cached_property
     def weight_files(self) -> dict[str, str]:
@@ -226,7 +233,7 @@ def _canonical_name(stored: str) -> str:
     return stored
 
 
-def _stored(table: _Table, name: str) -> StoredTensor:
+def _stored(table: Mapping[str, tuple[WeightFile, str]], name: str) -> StoredTensor:
     file, stored_name = table[name]
     return file.tensors[stored_name]
 

@@ -30,7 +30,7 @@ from qmamba_cli.sites import SITES, ObserverKind, site_keys
 from qmamba_cli.stages.calibration_text import all_samples, overlap_with
 from qmamba_cli.stages.common import check_seed, model_record
 from qmamba_cli.stages.distributed import SINGLE, World, joined, share_of
-from qmamba_cli.stages.estimate import Estimate, estimate_calibration
+from qmamba_cli.stages.estimate import Estimate, Windows, estimate_calibration
 from qmamba_cli.stages.observe import Observed, Part, Run, Stop, claimed_path, progress_path, together
 from qmamba_cli.stages.spooled import float_model_on, is_spooled, spooled_model
 from qmamba_cli.text import SELF, Samples
@@ -162,8 +162,13 @@ def calibrate(
     with joined(world, options.device) as group:
         job = _prepare(options, progress, dry_run=dry_run)
         if job.samples is None or dry_run:
-            estimate = estimate_calibration(job.checkpoint, job.backend, options.batch_size, options.seqlen)
-            return replace(job.report, estimate=estimate.of(job.report.samples, world.size))
+            windows = Windows(
+                samples=-(-job.report.samples // world.size),
+                seqlen=options.seqlen,
+                batch_size=options.batch_size,
+                written=options.samples if options.dataset == SELF else 0,
+            )
+            return replace(job.report, estimate=estimate_calibration(job.checkpoint, job.backend, windows))
         plan = _plan(options, job, job.samples)
         with sole_run(progress_path(job.report.path, world)):
             path = claimed_path(job.report.path, world, resume=options.resume, force=options.force)

@@ -1,7 +1,7 @@
 """Stage 2: checkpoint and calibration to one self-contained quantized file, or to a folder for the Hub."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +35,10 @@ from qmamba_cli.quant.observers import ObserverSet, Reduction
 from qmamba_cli.sites import SITES, X_PROJ_INPUT, site_key
 from qmamba_cli.stages.calibrate import site_records
 from qmamba_cli.stages.common import matching_checkpoint
+from qmamba_cli.stages.estimate import export_seconds
 from qmamba_cli.stages.folder import FolderOptions, card_results, model_card
 from qmamba_cli.stages.parts import Part, bits_per_weight, export_memory, parts_of
-from qmamba_cli.stages.recipes import best_scales, fitted_blocks
+from qmamba_cli.stages.recipes import SAMPLES, best_scales, fitted_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,7 @@ class ExportReport:
         sizes: tensor → bytes, the tokenizer's files included.
         files: number of files.
         memory_bytes: memory that the work takes beside the program itself, about.
+        seconds: after a dry run, a guess of what the work takes within a factor of about two; else 0.
         config: sizes of the model.
         notes: what the recipe could not do, in sentences.
     """
@@ -98,6 +100,7 @@ class ExportReport:
     memory_bytes: int
     config: MambaConfig
     notes: tuple[str, ...] = ()
+    seconds: float = 0.0
 
 
 def export(options: ExportOptions, *, progress: Progress = silent, dry_run: bool = False) -> ExportReport:
@@ -145,7 +148,10 @@ def export(options: ExportOptions, *, progress: Progress = silent, dry_run: bool
     if dry_run:
         sizes = planned_tensors(checkpoint.config, options.recipe, _log_dtype(checkpoint))
         sizes |= {name: row.nbytes for name, row in scale_tensors(scales, checkpoint.config.n_layer).items()}
-        return _report(options, "", sizes, files, checkpoint.config, scales)
+        text = calibration.manifest.dataset
+        fitted = min(text.samples, SAMPLES) * text.seqlen if best else 0
+        seconds = export_seconds(checkpoint, options.recipe, fitted)
+        return replace(_report(options, "", sizes, files, checkpoint.config, scales), seconds=seconds)
 
     def tensors(advance: Callable[[int], None]) -> Iterator[tuple[str, TensorSource]]:
         yield from quantized_tensors(

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from qmamba_cli.artifacts.checkpoint import open_checkpoint
 from qmamba_cli.artifacts.quantized import read_quantized_manifest
 from qmamba_cli.artifacts.safetensors_header import TensorInfo
@@ -13,6 +15,7 @@ from qmamba_cli.errors import UsageError
 from qmamba_cli.kernels.backend import select_backend
 from qmamba_cli.model.streaming import weight_bytes
 from qmamba_cli.modes import Precision
+from qmamba_cli.stages.estimate import batch_seconds
 from qmamba_cli.stages.load import DTYPES, ModelOptions
 from qmamba_cli.stages.parts import bits_per_weight
 
@@ -36,6 +39,8 @@ class RunPlan:
         activation_bytes: the largest tensors of one block and one batch, about.
         state_bytes: what a sequence carries from one token to the next.
         batch: (sequences, tokens) of a forward pass.
+        batch_seconds: of one such pass with its logits, from small trials; a guess within a factor of about
+            two on a CPU, an upper bound on a GPU, which is tried in float32.
     """
 
     name: str
@@ -50,6 +55,7 @@ class RunPlan:
     activation_bytes: int
     state_bytes: int
     batch: tuple[int, int]
+    batch_seconds: float
 
     @property
     def memory_bytes(self) -> int:
@@ -65,6 +71,8 @@ class RunPlan:
 def plan_run(options: ModelOptions, *, batch_size: int, seqlen: int) -> RunPlan:
     """Sizes of a run; reads manifests and tables of contents, loads no weight and writes nothing.
 
+    Small trials on the device tell how fast it is.
+
     Args:
         options: which model would run.
         batch_size: sequences a forward pass.
@@ -75,9 +83,10 @@ def plan_run(options: ModelOptions, *, batch_size: int, seqlen: int) -> RunPlan:
         ArtifactError: the quantized model is damaged.
         QmambaError: an input or the backend is missing.
     """
-    backend = select_backend(options.backend).device.type
+    device = select_backend(options.backend).device
+    backend = device.type
     if options.mode.precision is Precision.FP32:
-        return _float_plan(options, backend, (batch_size, seqlen))
+        return _float_plan(options, device, (batch_size, seqlen))
     path = options.checkpoint or Workdir(options.workdir).resolve_export().path
     manifest = read_quantized_manifest(path)
     config = MambaConfig.from_dict(dict(manifest.model.config))
@@ -97,10 +106,11 @@ def plan_run(options: ModelOptions, *, batch_size: int, seqlen: int) -> RunPlan:
         activation_bytes=_activation_bytes(config, batch_size * seqlen),
         state_bytes=_state_bytes(config),
         batch=(batch_size, seqlen),
+        batch_seconds=batch_seconds(config, device, batch_size * seqlen),
     )
 
 
-def _float_plan(options: ModelOptions, backend: str, batch: tuple[int, int]) -> RunPlan:
+def _float_plan(options: ModelOptions, device: torch.device, batch: tuple[int, int]) -> RunPlan:
     if options.model is None:
         raise UsageError(
             f"mode {options.mode.name} runs the float model and needs `--model`",
@@ -113,7 +123,7 @@ def _float_plan(options: ModelOptions, backend: str, batch: tuple[int, int]) -> 
         name=options.model,
         digest="",
         mode=options.mode.name,
-        backend=backend,
+        backend=device.type,
         weights=options.dtype,
         config=config,
         stored_bytes=size * parameters,
@@ -122,6 +132,7 @@ def _float_plan(options: ModelOptions, backend: str, batch: tuple[int, int]) -> 
         activation_bytes=_activation_bytes(config, batch[0] * batch[1]),
         state_bytes=_state_bytes(config),
         batch=batch,
+        batch_seconds=batch_seconds(config, device, batch[0] * batch[1]),
     )
 
 

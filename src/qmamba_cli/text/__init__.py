@@ -6,11 +6,19 @@ from it, and `sample_from_model` asks the model itself for text. Nothing here im
 
 from qmamba_cli.text.documents import BUNDLED, SELF, Documents, TextFile, open_documents
 from qmamba_cli.text.hub import load_hub_dataset
-from qmamba_cli.text.sampling import Encoder, Generate, Samples, choose_samples, sample_from_model
+from qmamba_cli.text.sampling import (
+    SELF_BATCH,
+    Encoder,
+    Generate,
+    Samples,
+    choose_samples,
+    sample_from_model,
+)
 
 __all__ = [
     "BUNDLED",
     "SELF",
+    "SELF_BATCH",
     "Documents",
     "Encoder",
     "Generate",

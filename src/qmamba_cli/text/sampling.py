@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from qmamba_cli.errors import DatasetError, ShapeError, UsageError
 from qmamba_cli.text.documents import SELF, Documents, TextFile
 
+# Sequences that a model writes together.
+SELF_BATCH = 64
 _PIECE_CHARACTERS = 1 << 16
 _LONGEST_PIECE = 1 << 20
 # Rows are fetched in blocks, each in ascending order: a parquet file is then read forwards.
@@ -111,7 +113,7 @@ def sample_from_model(
     seed: int,
     vocab_size: int,
     start_id: int | None,
-    batch_size: int = 64,
+    batch_size: int = SELF_BATCH,
 ) -> Samples:
     """Sample calibration text from the model itself.
 

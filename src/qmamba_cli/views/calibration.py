@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from qmamba_cli import console
 
 if TYPE_CHECKING:
+    from qmamba_cli.config import MambaConfig
     from qmamba_cli.evaluation.overlap import Overlap
     from qmamba_cli.quant.coverage import CoverageReport
     from qmamba_cli.stages.calibrate import CalibrateReport
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 # Characters of a digest that people are shown.
 DIGEST_SHOWN = 12
+# What stands behind the time that a dry run tells.
+GUESS = "(an estimate; half or twice that is possible)"
 
 
 def show_calibration(report: "CalibrateReport", *, as_json: bool, dry_run: bool = False) -> None:
@@ -78,20 +81,33 @@ def _overlap(overlap: "Overlap") -> str:
 
 def _estimate(estimate: "Estimate") -> dict[str, str]:
     windows, tokens = estimate.batch
-    return {
-        "parameters": f"{estimate.parameters:,}",
+    rows = {
+        "model": shapes(estimate.config),
+        "parameters": f"{estimate.parameters:,} in {console.size(estimate.stored_bytes)}, "
+        f"{estimate.bits_per_weight:.2f} bits per weight",
         "batch": f"{windows} x {tokens} tokens",
         "memory": f"about {console.size(estimate.memory_bytes)}: weights "
         f"{console.size(estimate.weight_bytes)}, activations {console.size(estimate.activation_bytes)}, "
         f"histograms {console.size(estimate.statistics_bytes)}",
-        "time": f"about {_duration(estimate.seconds)} (an estimate; half or twice that is possible)",
+        "time": f"about {duration(estimate.seconds)} {GUESS}",
     }
+    if estimate.disk_bytes:
+        rows["disk"] = f"{console.size(estimate.disk_bytes)} while the model writes its text"
+    return rows
 
 
-def _duration(seconds: float) -> str:
+def shapes(config: "MambaConfig") -> str:
+    """Sizes of a model in words."""
+    return (
+        f"{config.n_layer} layers, d_model {config.d_model}, d_inner {config.d_inner}, "
+        f"d_state {config.d_state}, vocabulary {config.vocab_size}"
+    )
+
+
+def duration(seconds: float) -> str:
     """Seconds for people.
 
-    >>> _duration(42.0), _duration(600.0), _duration(9000.0)
+    >>> duration(42.0), duration(600.0), duration(9000.0)
     ('42 seconds', '10 minutes', '2.5 hours')
     """
     if seconds < 120:
@@ -122,5 +138,6 @@ def _as_json(report: "CalibrateReport", *, dry_run: bool) -> dict[str, Any]:
             "wants_more_samples": report.coverage.wants_more_samples,
         }
     if report.estimate is not None:
-        values["estimate"]["memory_bytes"] = report.estimate.memory_bytes
+        for name in ("memory_bytes", "bits_per_weight"):
+            values["estimate"][name] = getattr(report.estimate, name)
     return values

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from qmamba_cli import console
 from qmamba_cli.console import Column
-from qmamba_cli.views.calibration import DIGEST_SHOWN
+from qmamba_cli.views.calibration import DIGEST_SHOWN, GUESS, duration, shapes
 
 if TYPE_CHECKING:
     from qmamba_cli.stages.export import ExportReport
@@ -36,7 +36,8 @@ def show_export(
             ],
         }
         if dry_run:
-            values |= {"memory_bytes": report.memory_bytes, "tensors": dict(report.sizes)}
+            values |= {"memory_bytes": report.memory_bytes, "seconds": report.seconds}
+            values["tensors"] = dict(report.sizes)
             values["config"] = report.config.to_dict()
         if report.notes:
             values["notes"] = list(report.notes)
@@ -49,15 +50,14 @@ def show_export(
     size = f"{console.size(report.bytes)}{files}, {report.bits_per_weight:.2f} bits per weight"
     show_parts(f"{report.path}: {size}, {written}", report.parts)
     if dry_run:
-        config = report.config
         console.facts(
             "before it starts",
             {
-                "model": f"{config.n_layer} layers, d_model {config.d_model}, d_inner {config.d_inner}, "
-                f"d_state {config.d_state}, vocabulary {config.vocab_size}",
+                "model": shapes(report.config),
                 "tensors": f"{len(report.sizes)}, {console.size(report.bytes)}",
                 "memory": f"about {console.size(report.memory_bytes)} beside the program itself",
                 "disk": f"about {console.size(2 * report.bytes)} while it is written",
+                "time": f"about {duration(report.seconds)} {GUESS}",
             },
         )
     for note in report.notes:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from qmamba_cli import console
-from qmamba_cli.views.calibration import DIGEST_SHOWN
+from qmamba_cli.views.calibration import DIGEST_SHOWN, GUESS, duration, shapes
 
 if TYPE_CHECKING:
     from qmamba_cli.stages.plan import RunPlan
@@ -14,14 +14,12 @@ def show_run_plan(plan: "RunPlan", *, as_json: bool) -> None:
     if as_json:
         console.write_json(plan.to_dict())
         return
-    config = plan.config
     digest = f", digest {plan.digest[:DIGEST_SHOWN]}" if plan.digest else ""
     sequences, tokens = plan.batch
     console.facts(
         f"{plan.name} in mode {plan.mode} (dry run)",
         {
-            "model": f"{config.n_layer} layers, d_model {config.d_model}, d_inner {config.d_inner}, "
-            f"d_state {config.d_state}, vocabulary {config.vocab_size}",
+            "model": shapes(plan.config),
             "weights": f"{plan.weights}, {console.size(plan.stored_bytes)} stored, "
             f"{plan.bits_per_weight:.2f} bits per weight{digest}",
             "backend": plan.backend,
@@ -29,5 +27,6 @@ def show_run_plan(plan: "RunPlan", *, as_json: bool) -> None:
             "memory": f"about {console.size(plan.memory_bytes)} beside the program itself: weights "
             f"{console.size(plan.weight_bytes)}, activations {console.size(plan.activation_bytes)}, "
             f"states {console.size(sequences * plan.state_bytes)}",
+            "time": f"about {duration(plan.batch_seconds)} a batch, beside loading {GUESS}",
         },
     )
