@@ -114,7 +114,7 @@ def foretold(text: str) -> str:
     found: dict[str, Any] = json.loads(text)
     found |= found.pop("estimate", None) or {}
     row = []
-    for name in ("parameters", "bytes", "stored_bytes", "bits_per_weight", "memory_bytes", "seconds"):
+    for name in ("bytes", "stored_bytes", "bits_per_weight", "memory_bytes", "seconds", "batch_seconds"):
         if name in found:
             value = found[name]
             row.append(f"{name} {value / 1e9:.2f} GB" if "bytes" in name else f"{name} {value:,.2f}")
@@ -150,9 +150,10 @@ def main() -> None:
         exports = [
             ("export", "--out", folder / f"w{bits}.safetensors", "--w-bits", bits, *work)
             for bits in options.bits.split(",")
+            if bits
         ]
         run = ("run", "--task", "lastword", "--backend", "cpu", *work)
-        for command in (calibrate, *exports, run):
+        for command in (calibrate, *exports, *([run] if exports else ())):
             label = f"{command[0]} W{command[4]}" if command[0] == "export" else command[0]
             out, seconds, peak = child(*command, "--dry-run", folder=folder)
             print(f"{label} --dry-run: {seconds:.1f} s, peak {peak:.2f} GB; {foretold(out)}", flush=True)
