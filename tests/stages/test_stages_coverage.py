@@ -1,6 +1,7 @@
 """What a calibration says of itself: coverage, overlap with a test text, sizes beforehand, equal bytes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from calibrations import calibrated, command_line, options, small_text, start
 from command_line import done, qmamba, refused, tree
+from random_models import small_config
 
 from qmamba_cli.artifacts.calibration import COVERAGE, MANIFEST, read_calibration, read_calibration_manifest
 from qmamba_cli.errors import ArtifactError, UsageError
 from qmamba_cli.evaluation.overlap import shared_passages
 from qmamba_cli.model import streaming
 from qmamba_cli.model.mamba import Mamba
-from qmamba_cli.model.streaming import weight_bytes
+from qmamba_cli.model.streaming import preparing_bytes, weight_bytes
 from qmamba_cli.quant.coverage import CHANNEL_AXES, Coverage, coverage_report
 from qmamba_cli.quant.observers import ObserverSet
 from qmamba_cli.sites import SITES, ObserverKind, site_keys
@@ -243,6 +245,9 @@ def test_a_dry_run_tells_what_it_will_need(
     head = int(config["vocab_size"] or 0) * int(config["d_model"] or 0)
     assert estimate.weight_bytes == 4 * (estimate.parameters + head * bool(config["tie_embeddings"]))
     assert estimate.memory_bytes > estimate.weight_bytes + estimate.statistics_bytes
+    # Of a large vocabulary the table being rotated is the peak, not the batch.
+    wide = replace(estimate, config=small_config(vocab_size=1 << 20))
+    assert wide.memory_bytes == wide.weight_bytes + preparing_bytes(wide.config)
     assert estimate.seconds > 0
     assert estimate.stored_bytes == 4 * estimate.parameters and estimate.bits_per_weight == 32
     assert (estimate.config.n_layer, estimate.disk_bytes) == (2, 0)

@@ -173,6 +173,13 @@ def weight_bytes(config: MambaConfig) -> int:
     return (parameters + head) * _FLOAT
 
 
+def preparing_bytes(config: MambaConfig) -> int:
+    """Bytes that a table being rotated takes beside a model in memory: as it is stored, and in float64."""
+    # Some rows at a time, of which there are about four copies.
+    rows = 4 * 8 * config.d_model * min(config.vocab_size, _ROTATED_ROWS)
+    return config.vocab_size * config.d_model * _FLOAT + rows
+
+
 def streamed_bytes(config: MambaConfig, windows: int, seqlen: int) -> int:
     """Bytes of the weights and residuals that `StreamedMamba` holds, at its peak.
 

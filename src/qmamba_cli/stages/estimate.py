@@ -14,7 +14,13 @@ from qmamba_cli.config import MambaConfig
 from qmamba_cli.kernels.backend import Backend
 from qmamba_cli.kernels.hadamard.reference import hadamard
 from qmamba_cli.model.quantize import Recipe
-from qmamba_cli.model.streaming import group_windows, is_streamed, streamed_bytes, weight_bytes
+from qmamba_cli.model.streaming import (
+    group_windows,
+    is_streamed,
+    preparing_bytes,
+    streamed_bytes,
+    weight_bytes,
+)
 from qmamba_cli.quant.bins import N_BINS
 from qmamba_cli.quant.weights import quantize_groups, quantize_rows
 from qmamba_cli.sites import site_keys
@@ -61,8 +67,10 @@ class Estimate:
 
     @property
     def memory_bytes(self) -> int:
-        """All of it."""
-        return self.weight_bytes + self.activation_bytes + self.statistics_bytes
+        """At the peak, beside the program itself."""
+        # A model read block by block counts what is prepared among its weights.
+        preparing = 0 if is_streamed(self.config) else preparing_bytes(self.config)
+        return self.weight_bytes + max(self.activation_bytes + self.statistics_bytes, preparing)
 
     @property
     def bits_per_weight(self) -> float:

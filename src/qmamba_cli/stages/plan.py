@@ -13,7 +13,7 @@ from qmamba_cli.artifacts.workdir import Workdir
 from qmamba_cli.config import MambaConfig
 from qmamba_cli.errors import UsageError
 from qmamba_cli.kernels.backend import select_backend
-from qmamba_cli.model.streaming import weight_bytes
+from qmamba_cli.model.streaming import preparing_bytes, weight_bytes
 from qmamba_cli.modes import Precision
 from qmamba_cli.stages.estimate import batch_seconds
 from qmamba_cli.stages.load import DTYPES, ModelOptions
@@ -59,8 +59,9 @@ class RunPlan:
 
     @property
     def memory_bytes(self) -> int:
-        """Weights, activations and states of a batch."""
-        return self.weight_bytes + self.activation_bytes + self.batch[0] * self.state_bytes
+        """At the peak: the weights with a batch's activations and states, or while a table is prepared."""
+        preparing = preparing_bytes(self.config) if self.backend == "cpu" else 0
+        return self.weight_bytes + max(self.activation_bytes + self.batch[0] * self.state_bytes, preparing)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``--json``."""
