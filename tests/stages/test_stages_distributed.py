@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from calibrations import command_line, small_model, start, whole
-from command_line import process, refused, tree
+from command_line import done, process, refused, tree
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,6 +100,22 @@ def test_torchrun_makes_the_bytes_of_one_process(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "w").iterdir()} == {"calibration", "workdir.json"}
 
 
+def test_torchrun_writes_the_results_of_one_process(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    score = ("run", "--mode=fp", f"--model={small_model()}", "--task=lastword", "--limit=7", "--batch-size=2")
+    child = start(*torchrun, "-m", "qmamba_cli", *score, "--output=two.json", "--log-samples", cwd=tmp_path)
+    _, errors = child.communicate(timeout=100)
+    assert child.returncode == 0, errors
+    done(*score, "--output=one.json", "--log-samples", cwd=tmp_path)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert two["qmamba"].pop("processes") == 2
+    for document in (one, two):
+        del document["qmamba"]["seconds"]
+    assert one == two
+    one, two = (sorted(tmp_path.glob(f"{name}*samples*")) for name in ("one", "two"))
+    assert one[0].read_bytes() == two[0].read_bytes()
+
+
 SCORE = """
 import json, os, sys
 from pathlib import Path
@@ -120,7 +136,6 @@ with joined(world, "cpu") as group:
 def test_scores_are_those_of_one_process(tmp_path: Path) -> None:
     data = str(calib_data_path("lastword.jsonl"))
     asked: list[dict[str, Any]] = [
-        {"task": "lastword", "data": data, "limit": 7, "batch_size": 2},
         {"task": "perplexity", "data": data, "limit": 5, "seqlen": 24, "batch_size": 2},
         {"task": "perplexity", "data": data, "limit": 1, "seqlen": 24, "baseline": "demo"},
     ]
@@ -141,7 +156,7 @@ def test_scores_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 FAILS = """
-import os, signal, sys
+import os, signal, sys, time
 from qmamba_cli import cli
 from qmamba_cli.errors import QmambaError
 from qmamba_cli.stages import distributed, observe
@@ -154,8 +169,16 @@ def fail(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
     raise QmambaError("`x`: values are not finite, got 3 NaN, expected none", hint="check the weights")
 
+def work_on(*_, group, **__):
+    # Batches that would go on long after the other one is gone.
+    for _ in range(600):
+        group.check()
+        time.sleep(0.1)
+
 if os.environ["RANK"] == "1":
     observe.Run.advance = fail
+elif how == "kill":
+    observe.Run.advance = work_on
 sys.argv = ["qmamba", *arguments]
 cli.main()
 """

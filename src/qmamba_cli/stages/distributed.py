@@ -192,6 +192,7 @@ class _ProcessGroup(Group):
         self._device = device
         self._round = 0
         self._beats: dict[int, tuple[str, float]] = {}
+        self._listened_at = 0.0
         self._ended = threading.Event()
         self._pulse = threading.Thread(target=self._beat, name="qmamba-beat", daemon=True)
         self._pulse.start()
@@ -203,6 +204,9 @@ class _ProcessGroup(Group):
                     self._store.get(_FAILED).decode(),
                     hint="see that process's own message",
                 )
+            # The store answers a question a rank; batches may be quicker than that.
+            if monotonic() - self._listened_at >= _POLL_SECONDS:
+                self._listen()
 
     def gather(self, data: bytes) -> list[bytes] | None:
         import torch.distributed as dist
@@ -252,12 +256,11 @@ class _ProcessGroup(Group):
             self._store.set(keys[self.world.rank], "")
             while not self._store.check(keys):
                 self.check()
-                self._listen()
                 self._ended.wait(_POLL_SECONDS)
 
     def _listen(self) -> None:
         """Notice a process that was killed."""
-        now = monotonic()
+        now = self._listened_at = monotonic()
         for rank in range(self.world.size):
             key = f"{_BEAT}/{rank}"
             beat = self._store.get(key).decode() if self._store.check([key]) else ""
