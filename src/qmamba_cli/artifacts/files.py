@@ -139,7 +139,8 @@ def shown(text: str) -> str:
     >>> shown("weight\x1b[2J")
     'weight\\x1b[2J'
     """
-    plain = ascii(text)[1:-1]
+    # No more than what is shown: a string may be as long as a header.
+    plain = ascii(text[: _SHOWN_LENGTH + 1])[1:-1]
     return plain if len(plain) <= _SHOWN_LENGTH else f"{plain[: _SHOWN_LENGTH - 3]}..."
 
 
