@@ -106,6 +106,10 @@ def test_a_dry_run_plans_what_is_written(tmp_path: Path, recipe: dict[str, Any])
     assert planned.bits_per_weight == real.bits_per_weight
     assert planned.digest == "" != real.digest
     assert planned.seconds > 0 == real.seconds
+    fitted = exported(tmp_path / "new", dry_run=True, **recipe, method="best")
+    # With 8 bits there is nothing to fit.
+    assert (fitted.memory_bytes > planned.memory_bytes) == (recipe.get("w_bits") != 8)
+    assert fitted.seconds > 0
     # The header comes on top of the planned data.
     assert planned.bytes == sum(part.bytes for part in real.parts)
     assert real.bytes == (tmp_path / "q").stat().st_size

@@ -139,7 +139,7 @@ def export_seconds(checkpoint: Checkpoint, recipe: Recipe, fitted_tokens: int) -
     others = sum(math.prod(shape) for shape in config.tensor_shapes().values()) - projections
     rate = trials.grouped(recipe.group_size) if recipe.w_bits == 4 else trials.rows
     reading = checkpoint.stored_bytes * (trials.read(checkpoint) + trials.hashed)
-    fitting = _fitting(config, fitted_tokens, trials) if fitted_tokens and recipe.w_bits == 4 else 0.0
+    fitting = _fitting(config, fitted_tokens, trials) if fitted_tokens else 0.0
     return reading + _rotating(config, trials) + projections * rate + others * trials.rows + fitting
 
 

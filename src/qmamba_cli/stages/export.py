@@ -149,9 +149,12 @@ def export(options: ExportOptions, *, progress: Progress = silent, dry_run: bool
         sizes = planned_tensors(checkpoint.config, options.recipe, _log_dtype(checkpoint))
         sizes |= {name: row.nbytes for name, row in scale_tensors(scales, checkpoint.config.n_layer).items()}
         text = calibration.manifest.dataset
-        fitted = min(text.samples, SAMPLES) * text.seqlen if best else 0
-        seconds = export_seconds(checkpoint, options.recipe, fitted)
-        return replace(_report(options, "", sizes, files, checkpoint.config, scales), seconds=seconds)
+        fitted = min(text.samples, SAMPLES) * text.seqlen if best and options.recipe.w_bits == 4 else 0
+        return replace(
+            _report(options, "", sizes, files, checkpoint.config, scales),
+            memory_bytes=export_memory(checkpoint.config, fitted),
+            seconds=export_seconds(checkpoint, options.recipe, fitted),
+        )
 
     def tensors(advance: Callable[[int], None]) -> Iterator[tuple[str, TensorSource]]:
         yield from quantized_tensors(

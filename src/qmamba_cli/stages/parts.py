@@ -71,12 +71,17 @@ def bits_per_weight(sizes: Mapping[str, int], config: MambaConfig) -> float:
     return 8 * stored / sum(math.prod(shape) for shape in config.tensor_shapes().values())
 
 
-def export_memory(config: MambaConfig) -> int:
+def export_memory(config: MambaConfig, fitted_tokens: int = 0) -> int:
     """Bytes that quantizing takes beside the program itself, about: the largest table, or one block.
 
     A table is read whole in float32, looked at once for values that are not finite (a byte each) and kept
     quantized while it is written. A block is held in float32 while its largest matrix is rotated in float64,
     of which the transform has about four copies.
+
+    Args:
+        config: sizes.
+        fitted_tokens: what the best recipe fits its matrices to. Three residual streams of them are held,
+            with what the larger projection reads and should give, and second moments of that in float64.
     """
     d_model, d = config.d_model, config.d_inner
     table = config.vocab_size * d_model * (4 + 1 + 1)
@@ -86,7 +91,8 @@ def export_memory(config: MambaConfig) -> int:
         if name.startswith("backbone.layers.0.")
     )
     rotated = 8 * 4 * d_model * max(min(2 * d, _ROTATED_ROWS), d)
-    return max(table, block + 4 * 2 * d * d_model + rotated)
+    fitting = 4 * fitted_tokens * (4 * d_model + d + d // 4) + 8 * 6 * d * d if fitted_tokens else 0
+    return max(table, block + 4 * 2 * d * d_model + max(rotated, fitting))
 
 
 def _part(name: str) -> str:
