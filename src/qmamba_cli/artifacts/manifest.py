@@ -47,6 +47,8 @@ QUANTIZED_VERSION: Final = 2
 # The libraries whose version can change what an artifact holds.
 _LIBRARIES = ("qmamba-cli", "numpy", "safetensors", "tokenizers", "torch")
 _HASHING_THREADS = 8
+# What one thread hashes before others have begun.
+_ALONE_BYTES = 1 << 21
 _SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -283,9 +285,11 @@ def check_tensors(
     if not file.header.canonical:
         raise ArtifactError(f"the header of `{file.path}` is not in canonical form", hint=remedy)
     names = file.names if verify else ()
+    size = sum(file.info(name).nbytes for name in names)
     # Hashing lets other threads run, and a file is read many times as fast as one core hashes it.
     with ThreadPoolExecutor(max_workers=_HASHING_THREADS) as pool:
-        digests = pool.map(lambda name: sha256_bytes(file.bytes(name)), names)
+        each = pool.map if size > _ALONE_BYTES else map
+        digests = each(lambda name: sha256_bytes(file.bytes(name)), names)
         for name, found in zip(names, digests, strict=True):
             if found != records[name].sha256:
                 raise ArtifactError(
