@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from command_line import environment, tree
 
-SIZES = ("--samples", 4, "--seqlen", 128, "--batch-size", 2)
+# Tensors that are large enough for several threads, and of odd length; the last batch is short.
+SIZES = ("--samples", 5, "--seqlen", 97, "--batch-size", 3)
 
 
-def artifacts_of(folder: Path, **variables: str) -> dict[str, str]:
+def artifacts_of(folder: Path, text: Path, **variables: str) -> dict[str, str]:
     """Calibrate and export the demo model in processes of their own; every file's digest."""
     folder.mkdir(parents=True)
-    for command in (("calibrate", "demo", *SIZES), ("export", "--out", "model.safetensors")):
+    calibrate = ("calibrate", "demo", "--dataset", text, *SIZES)
+    for command in (calibrate, ("export", "--out", "model.safetensors")):
         ended = subprocess.run(
             [sys.executable, "-m", "qmamba_cli", *map(str, command), "--quiet"],
             cwd=folder,
@@ -28,11 +30,15 @@ def artifacts_of(folder: Path, **variables: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_two_runs_make_the_same_bytes(tmp_path: Path) -> None:
-    first = artifacts_of(tmp_path / "a", PYTHONHASHSEED="1", OMP_NUM_THREADS="1")
+    text = tmp_path / "text.txt"
+    text.write_text("It was late, and the lamp burned low over the sea. " * 120)
+    first = artifacts_of(tmp_path / "a", text, PYTHONHASHSEED="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     second = artifacts_of(
         tmp_path / "another" / "folder",
+        text,
         PYTHONHASHSEED="2",
         OMP_NUM_THREADS="2",
+        MKL_NUM_THREADS="2",
         TOKENIZERS_PARALLELISM="true",
         TZ="Asia/Kathmandu",
         LC_ALL="C",

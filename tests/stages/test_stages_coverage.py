@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from calibrations import calibrated, command_line, options, small_text, start
+from calibrations import calibrated, command_line, options, small_text
 from command_line import done, qmamba, refused, tree
 from random_models import small_config
 
@@ -276,23 +276,3 @@ def test_a_dry_run_counts_the_text_that_a_large_model_writes(
     assert shard is not None and own.seconds / 2 < shard.seconds < own.seconds
     outcome = done(*command_line(tmp_path / "w"), "--dataset=self", "--dry-run", cwd=tmp_path)
     assert "disk" in outcome.out
-
-
-def test_neither_threads_nor_hash_seeds_change_a_byte(tmp_path: Path) -> None:
-    """On tensors that are large enough for several threads, and of odd length."""
-    found = []
-    for number in ("1", "2"):
-        variables = {"OMP_NUM_THREADS": number, "MKL_NUM_THREADS": number, "PYTHONHASHSEED": number}
-        sizes = ("--samples=5", "--seqlen=97", "--batch-size=3", f"--dataset={long_text(tmp_path)}")
-        command = ("-m", "qmamba_cli", "calibrate", "demo", *sizes, f"--workdir={number}")
-        child = start(*command, cwd=tmp_path, **variables)
-        _, errors = child.communicate(timeout=100)
-        assert child.returncode == 0, errors
-        found.append(tree(tmp_path / number / "calibration"))
-    assert found[0] == found[1]
-
-
-def long_text(folder: Path) -> Path:
-    path = folder / "long.txt"
-    path.write_text("It was late, and the lamp burned low over the sea. " * 120)
-    return path
