@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -195,21 +194,39 @@ def test_a_lock_that_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.Monkey
         calibrated(tmp_path)
 
 
+# Imports take a while, and how long depends on the machine: the signal comes after the first save.
+SIGNALLED = """
+import os, signal, sys, threading
+from qmamba_cli import cli
+from qmamba_cli.stages import observe
+
+number, delay = getattr(signal, sys.argv[1]), float(sys.argv[2])
+write = observe.write_progress
+
+def write_first(*arguments):
+    write(*arguments)
+    observe.write_progress = write
+    if delay:
+        threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+    else:
+        os.kill(os.getpid(), number)
+
+observe.write_progress = write_first
+sys.argv = ["qmamba", *sys.argv[3:]]
+cli.main()
+"""
+
+
 def test_killed_at_random_moments_it_still_ends_in_the_same_bytes(tmp_path: Path) -> None:
     """Whatever moment a process is killed at, ``--resume`` goes on from a whole progress file."""
     generator = random.Random(7)
     whole()
-    command = ("-m", "qmamba_cli", *command_line(tmp_path), "--save-every=0", "--resume")
+    command = (*command_line(tmp_path), "--save-every=0", "--resume")
     kills = 0
     for _ in range(3):
-        child = start(*command, cwd=tmp_path)
-        # Imports take a while; a process is killed only once it has begun to save.
-        deadline = time.monotonic() + 60
-        while child.poll() is None and not (tmp_path / PARTIAL).exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(generator.uniform(0.0, 0.15))
-        child.kill()
-        _, errors = child.communicate()
+        delay = generator.uniform(0.0, 0.05)
+        child = start("-c", SIGNALLED, "SIGKILL", delay, *command, cwd=tmp_path)
+        _, errors = child.communicate(timeout=60)
         kills += child.returncode == -signal.SIGKILL
         assert child.returncode in (0, -signal.SIGKILL), errors
         if (tmp_path / "calibration").exists():
@@ -222,12 +239,7 @@ def test_killed_at_random_moments_it_still_ends_in_the_same_bytes(tmp_path: Path
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
-    sizes = ("--samples=40", "--seqlen=48", "--batch-size=1")
-    child = start("-m", "qmamba_cli", *command_line(tmp_path), *sizes, cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while child.poll() is None and not (tmp_path / PARTIAL).exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
+    child = start("-c", SIGNALLED, "SIGINT", 0, *command_line(tmp_path), cwd=tmp_path)
     out, errors = child.communicate(timeout=60)
     assert child.returncode == 130, errors
     assert out == ""
