@@ -25,6 +25,7 @@ from qmamba_cli.stages.calibrate import calibrate
 from qmamba_cli.stages.coverage import coverage_of
 from qmamba_cli.stages.estimate import Trials
 from qmamba_cli.stages.export import ExportOptions, export
+from qmamba_cli.stages.spooled import spooled_bytes
 
 SELF = {"dataset": "self"}
 U, LAST = "layers.0.x_proj:input", "lm_head:input"
@@ -271,6 +272,8 @@ def test_a_dry_run_counts_the_text_that_a_large_model_writes(
     read, own = (calibrate(options(tmp_path, **asked), dry_run=True).estimate for asked in ({}, SELF))
     assert read is not None and own is not None
     assert own.disk_bytes == weight_bytes(own.config) and read.disk_bytes == 0
+    assert own.writing_bytes == spooled_bytes(own.config, 32) > read.writing_bytes == 0
+    assert own.memory_bytes == max(read.memory_bytes, own.writing_bytes)
     assert own.seconds > read.seconds
     shard = calibrate(options(tmp_path, shard=(1, 2), **SELF), dry_run=True).estimate
     assert shard is not None and own.seconds / 2 < shard.seconds < own.seconds

@@ -173,6 +173,12 @@ def weight_bytes(config: MambaConfig) -> int:
     return (parameters + head) * _FLOAT
 
 
+def block_bytes(config: MambaConfig) -> int:
+    """Bytes of a block in float32."""
+    shapes = config.tensor_shapes().items()
+    return _FLOAT * sum(math.prod(shape) for name, shape in shapes if name.startswith("backbone.layers.0."))
+
+
 def preparing_bytes(config: MambaConfig) -> int:
     """Bytes that a table being rotated takes beside a model in memory: as it is stored, and in float64."""
     # Some rows at a time, of which there are about four copies.
@@ -189,14 +195,10 @@ def streamed_bytes(config: MambaConfig, windows: int, seqlen: int) -> int:
         seqlen: tokens a window.
     """
     table = config.vocab_size * config.d_model * _FLOAT
-    shapes = config.tensor_shapes()
-    block = _FLOAT * sum(
-        math.prod(shape) for name, shape in shapes.items() if name.startswith("backbone.layers.0.")
-    )
     residuals = windows * seqlen * config.d_model * _FLOAT
     # What is rotated is there as it is stored and, some rows at a time, about four times in float64.
     rows = 4 * 8 * config.d_model
     reading_table = table + rows * min(config.vocab_size, _ROTATED_ROWS)
     largest = 2 * config.d_inner * config.d_model * _FLOAT
-    reading_block = residuals + block + largest + rows * min(2 * config.d_inner, _ROTATED_ROWS)
+    reading_block = residuals + block_bytes(config) + largest + rows * min(2 * config.d_inner, _ROTATED_ROWS)
     return table + max(reading_table, reading_block)

@@ -24,7 +24,7 @@ from qmamba_cli.model.streaming import (
 from qmamba_cli.quant.bins import N_BINS
 from qmamba_cli.quant.weights import quantize_groups, quantize_rows
 from qmamba_cli.sites import site_keys
-from qmamba_cli.stages.spooled import is_spooled
+from qmamba_cli.stages.spooled import is_spooled, spooled_bytes
 from qmamba_cli.text import SELF_BATCH
 
 _FLOAT = 4
@@ -49,7 +49,8 @@ class Estimate:
             of a group of windows.
         activation_bytes: the largest tensors of one block and one batch, about.
         statistics_bytes: the histograms in memory.
-        disk_bytes: of a temporary file, where a large model writes its own text.
+        writing_bytes: what a large model holds while it writes its own text, before it is observed.
+        disk_bytes: of the temporary file that it reads its blocks from meanwhile.
         batch: (windows, tokens) of a forward pass.
         seconds: of one process, from the number of operations and trials on this machine; a guess within a
             factor of about two.
@@ -61,6 +62,7 @@ class Estimate:
     weight_bytes: int
     activation_bytes: int
     statistics_bytes: int
+    writing_bytes: int
     disk_bytes: int
     batch: tuple[int, int]
     seconds: float
@@ -70,7 +72,8 @@ class Estimate:
         """At the peak, beside the program itself."""
         # A model read block by block counts what is prepared among its weights.
         preparing = 0 if is_streamed(self.config) else preparing_bytes(self.config)
-        return self.weight_bytes + max(self.activation_bytes + self.statistics_bytes, preparing)
+        observing = self.weight_bytes + max(self.activation_bytes + self.statistics_bytes, preparing)
+        return max(observing, self.writing_bytes)
 
     @property
     def bits_per_weight(self) -> float:
@@ -119,6 +122,7 @@ def estimate_calibration(checkpoint: Checkpoint, backend: Backend, windows: Wind
         weight_bytes=_held(config, windows),
         activation_bytes=activations,
         statistics_bytes=len(site_keys(config.n_layer)) * N_BINS * 8,
+        writing_bytes=spooled_bytes(config, min(windows.written, SELF_BATCH)) if spooled else 0,
         disk_bytes=weight_bytes(config) if spooled else 0,
         batch=(windows.batch_size, windows.seqlen),
         seconds=_calibration_seconds(checkpoint, backend, windows, spooled=spooled),

@@ -21,7 +21,7 @@ from qmamba_cli.config import MambaConfig
 from qmamba_cli.kernels.backend import Backend
 from qmamba_cli.model.mamba import Mamba
 from qmamba_cli.model.prepare import Load, float_block, float_ends
-from qmamba_cli.model.streaming import is_streamed
+from qmamba_cli.model.streaming import block_bytes, is_streamed, preparing_bytes
 from qmamba_cli.model.weights import BlockWeights, LinearWeights, ModelWeights, map_tensors, on_device
 from qmamba_cli.modes import MODES
 
@@ -41,6 +41,20 @@ def float_model_on(checkpoint: Checkpoint, backend: Backend) -> Mamba:
 def is_spooled(config: MambaConfig, backend: Backend) -> bool:
     """Whether a model writes text from disk: a large one on a CPU. A GPU has memory of its own."""
     return backend.device.type == "cpu" and is_streamed(config)
+
+
+def spooled_bytes(config: MambaConfig, sequences: int) -> int:
+    """Bytes that `spooled_model` holds at its peak, with the states of the sequences that it writes together.
+
+    Args:
+        config: sizes.
+        sequences: written together.
+    """
+    table = config.vocab_size * config.d_model * _FLOAT
+    state = config.n_layer * config.d_inner * (config.d_state + config.d_conv - 1) * _FLOAT
+    # A step makes new states beside the old ones; of the logits there are about three copies.
+    writing = sequences * (2 * state + 3 * config.vocab_size * _FLOAT)
+    return 2 * table + block_bytes(config) + max(preparing_bytes(config), writing)
 
 
 def text_writer(checkpoint: Checkpoint, backend: Backend, folder: Path) -> AbstractContextManager[Mamba]:

@@ -81,6 +81,8 @@ def _overlap(overlap: "Overlap") -> str:
 
 def _estimate(estimate: "Estimate") -> dict[str, str]:
     windows, tokens = estimate.batch
+    size = estimate.writing_bytes
+    writing = f"; while the model writes its text {console.size(size)}" if size else ""
     rows = {
         "model": shapes(estimate.config),
         "parameters": f"{estimate.parameters:,} in {console.size(estimate.stored_bytes)}, "
@@ -88,7 +90,7 @@ def _estimate(estimate: "Estimate") -> dict[str, str]:
         "batch": f"{windows} x {tokens} tokens",
         "memory": f"about {console.size(estimate.memory_bytes)}: weights "
         f"{console.size(estimate.weight_bytes)}, activations {console.size(estimate.activation_bytes)}, "
-        f"histograms {console.size(estimate.statistics_bytes)}",
+        f"histograms {console.size(estimate.statistics_bytes)}{writing}",
         "time": f"about {duration(estimate.seconds)} {GUESS}",
     }
     if estimate.disk_bytes:
