@@ -5,12 +5,13 @@ import io
 import os
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calibrations import calibrated, options
+from calibrations import SMALL, calibrated, options, whole
 from command_line import tree
 from random_models import random_checkpoint, random_ids, small_config
 
@@ -21,6 +22,7 @@ from qmamba_cli.model.mamba import Mamba
 from qmamba_cli.model.prepare import float_model
 from qmamba_cli.model.quantize import Recipe
 from qmamba_cli.modes import MODES
+from qmamba_cli.stages import calibrate as stage
 from qmamba_cli.stages import spooled
 from qmamba_cli.stages.calibrate import calibrate
 from qmamba_cli.stages.export import ExportOptions, export
@@ -49,6 +51,21 @@ def test_a_large_model_writes_the_text_of_a_small_one(
     monkeypatch.setattr(spooled, "float_model_on", lambda *_: pytest.fail("the whole model was loaded"))
     calibrated(tmp_path / "spooled", **SELF)
     assert dict(tree(tmp_path / "spooled")) == dict(tree(tmp_path / "resident"))
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_a_large_model_is_observed_in_groups_and_resumed_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within its second group of two batches, of which what was seen is given up."""
+    group = 6 * SMALL["seqlen"] * 32 * 4
+    monkeypatch.setattr(stage, "StreamedMamba", partial(streaming.StreamedMamba, group_bytes=group))
+    asked = iter(range(1, 1000))
+    # Two batches through two blocks are four steps.
+    report = calibrate(options(tmp_path), stop=lambda: next(asked) == 6)
+    assert report.stopped_at == 6
+    assert calibrated(tmp_path, resume=True).resumed_at == 6
+    assert dict(tree(tmp_path / "calibration")) == whole()
 
 
 @pytest.mark.usefixtures("everything_is_large")
