@@ -17,7 +17,8 @@ from random_models import random_checkpoint, random_ids, small_config
 
 from qmamba_cli.errors import QmambaError
 from qmamba_cli.kernels.backend import select_backend
-from qmamba_cli.model import streaming
+from qmamba_cli.model import mamba, streaming
+from qmamba_cli.model.decode import Decoder
 from qmamba_cli.model.mamba import Mamba
 from qmamba_cli.model.prepare import float_model
 from qmamba_cli.model.quantize import Recipe
@@ -110,6 +111,28 @@ def test_a_model_computes_the_same_from_either(blocks: spooled.SpooledBlocks) ->
     assert torch.equal(hidden, expected)
     for one, other in zip(found, states, strict=True):
         assert torch.equal(one.ssm, other.ssm) and torch.equal(one.conv.values, other.conv.values)
+
+
+def test_a_step_holds_one_state_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer leaves behind is moved into the state before the next layer runs."""
+    model = Mamba(float_model(CONFIG, TENSORS.__getitem__), MODES["fp"], select_backend("cpu"))
+    plain, decoder = Decoder(model, 3), Decoder(model, 3)
+    start = random_ids(CONFIG.vocab_size, 3, 1, seed=4)
+    made: list[weakref.ref[torch.Tensor]] = []
+    block_forward = mamba.block_forward
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        assert not [ref for ref in made if ref() is not None], "the state of the layer before is still there"
+        residual, state = block_forward(*arguments, **named)
+        made.append(weakref.ref(state.ssm))
+        return residual, state
+
+    expected = [plain.start(start).tolist(), plain.step().tolist(), plain.step().tolist()]
+    found = [decoder.start(start).tolist(), decoder.step().tolist()]
+    monkeypatch.setattr(mamba, "block_forward", counted)
+    found.append(decoder.step().tolist())
+    assert len(made) == CONFIG.n_layer
+    assert found == expected
 
 
 @pytest.mark.usefixtures("everything_is_large")

@@ -7,6 +7,7 @@ import torch
 
 from qmamba_cli.errors import UsageError
 from qmamba_cli.model import batched, fused
+from qmamba_cli.model.block import BlockState
 from qmamba_cli.model.dense import dense_model
 from qmamba_cli.model.graphs import CudaGraphs, Recorder, Replayed
 from qmamba_cli.model.mamba import Mamba, ModelState
@@ -49,9 +50,18 @@ class ModelStepper:
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """One call with l = 1."""
         assert self._state is not None
+        if self._model.backend.device.type == "cpu":
+            return self._model.forward(tokens, self._state, keep=self._keep)[0][:, -1]
+        # On a GPU all of it at the end, in a few launches.
         hidden, state = self._model.forward(tokens, self._state)
         assign(self._state, state)
         return hidden[:, -1]
+
+    def _keep(self, layer: int, state: BlockState) -> BlockState:
+        """Move one layer's state on: there are never two of the whole model."""
+        assert self._state is not None
+        assign(self._state[layer : layer + 1], [state])
+        return self._state[layer]
 
 
 def _fused_stepper(model: Mamba, batch: int) -> Stepper | None:

@@ -55,6 +55,7 @@ class Mamba:
         *,
         hook: ModelHook | None = None,
         blocks: Iterable[BlockWeights] | None = None,
+        keep: Callable[[int, BlockState], BlockState] | None = None,
     ) -> tuple[torch.Tensor, ModelState]:
         """Run tokens through every block and the final norm.
 
@@ -67,6 +68,8 @@ class Mamba:
             hook: sees every observed tensor under its site key.
             blocks: the layers' weights in another form, each asked for when its turn comes; the model's own
                 if left out.
+            keep: called with each layer and its new state as soon as that is there; what it returns takes the
+                state's place, so that there need not be two whole ones.
 
         Returns:
             hidden (b, l, d_model) float32, what lm_head reads, and the new state.
@@ -87,7 +90,9 @@ class Mamba:
                 norm_eps=self.config.norm_eps,
                 **options,
             )
-            new_state.append(block_state)
+            new_state.append(block_state if keep is None else keep(layer, block_state))
+            # What was handed on is not held until the next layer's is there.
+            del block_state
         # Where the head is in another basis, the norm's weight belongs to it.
         norm_f = None if ends.rotate_ends else ends.norm_f
         hidden = self.backend.rms_norm(residual, norm_f, eps=self.config.norm_eps)

@@ -52,8 +52,8 @@ def spooled_bytes(config: MambaConfig, sequences: int) -> int:
     """
     table = config.vocab_size * config.d_model * _FLOAT
     state = config.n_layer * config.d_inner * (config.d_state + config.d_conv - 1) * _FLOAT
-    # A step makes new states beside the old ones; of the logits there are about three copies.
-    writing = sequences * (2 * state + 3 * config.vocab_size * _FLOAT)
+    # Of the logits there are about three copies.
+    writing = sequences * (state + 3 * config.vocab_size * _FLOAT)
     return 2 * table + block_bytes(config) + max(preparing_bytes(config), writing)
 
 
