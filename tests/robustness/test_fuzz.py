@@ -1,6 +1,6 @@
 """Mutated artifacts: a reader accepts exactly what was written, or refuses as it refuses a user's mistake.
 
-A short, repeatable run by default; `make fuzz` asks for a long one with other examples each time.
+A repeatable run of a minute by default; `make fuzz` asks for a long one with other examples each time.
 """
 
 import json
@@ -30,7 +30,7 @@ from victims import CI_EXAMPLES, NEW, STAGES, working_folder
 
 from qmamba_cli.artifacts.calibration import MANIFEST, read_calibration, read_calibration_manifest
 from qmamba_cli.artifacts.files import canonical_json, sha256_bytes
-from qmamba_cli.artifacts.folder import write_folder
+from qmamba_cli.artifacts.folder import check_sums, write_folder
 from qmamba_cli.artifacts.manifest import CalibrationManifest, Manifest, QuantizedManifest, parse_manifest
 from qmamba_cli.artifacts.partial import Progress, read_progress, write_progress
 from qmamba_cli.artifacts.quantized import METADATA_KEY, read_quantized, read_quantized_manifest
@@ -140,6 +140,7 @@ READERS: dict[str, Callable[[Path], object]] = {
         f"f/{name}": lambda where: read_quantized(where / "f")
         for name in ("qmamba.json", "model.safetensors.index.json", "model-00001*", "tokenizer.json")
     },
+    "f/SHA256SUMS": lambda where: check_sums(where / "f", read_quantized_manifest(where / "f")),
     "p": lambda where: read_progress(where / "p", calibration_manifest(), first=0, end=3),
 }
 

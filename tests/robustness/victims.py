@@ -31,9 +31,10 @@ from qmamba_cli.stages.folder import FolderOptions
 from qmamba_cli.stages.partial import Keeper
 from qmamba_cli.stages.run import ModelOptions, TaskOptions, load_model, run_task, samples_path
 
-# What CI runs; `--kills` and `--fuzz-examples` ask for more.
+# What CI runs; `--kills` and `--fuzz-examples` ask for more. So many examples of each target take about a
+# minute of one core in all.
 CI_KILLS = 3
-CI_EXAMPLES = 60
+CI_EXAMPLES = 2000
 OLD, NEW = "old", "new"
 SIZES = {"samples": 2, "seqlen": 16, "batch_size": 2}
 CALIBRATION, FILE, FOLDER, RESULTS = "calibration", "ckpt.safetensors", "ckpt", "results.json"
