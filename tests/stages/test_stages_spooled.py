@@ -1,6 +1,7 @@
 """Text that a model larger than the memory writes itself: read from disk by blocks, to the same bytes."""
 
 import errno
+import gc
 import io
 import os
 import weakref
@@ -9,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from calibrations import SMALL, calibrated, options, whole
@@ -17,7 +19,7 @@ from random_models import random_checkpoint, random_ids, small_config
 
 from qmamba_cli.errors import QmambaError
 from qmamba_cli.kernels.backend import select_backend
-from qmamba_cli.model import mamba, streaming
+from qmamba_cli.model import generate, mamba, streaming
 from qmamba_cli.model.decode import Decoder
 from qmamba_cli.model.mamba import Mamba
 from qmamba_cli.model.prepare import float_model
@@ -111,6 +113,25 @@ def test_a_model_computes_the_same_from_either(blocks: spooled.SpooledBlocks) ->
     assert torch.equal(hidden, expected)
     for one, other in zip(found, states, strict=True):
         assert torch.equal(one.ssm, other.ssm) and torch.equal(one.conv.values, other.conv.values)
+
+
+def test_a_batch_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next batch would be written beside the states of the one before."""
+    model = Mamba(float_model(CONFIG, TENSORS.__getitem__), MODES["fp"], select_backend("cpu"))
+    made: list[weakref.ref[Decoder]] = []
+
+    def kept(*arguments: Any, **named: Any) -> Decoder:
+        decoder = Decoder(*arguments, **named)
+        made.append(weakref.ref(decoder))
+        return decoder
+
+    monkeypatch.setattr(generate, "Decoder", kept)
+    gc.disable()
+    try:
+        generate.sample_sequences(model, np.zeros(2, np.int64), length=3, seed=0)
+        assert [ref() for ref in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_step_holds_one_state_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

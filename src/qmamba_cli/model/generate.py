@@ -1,5 +1,6 @@
 """Generation through the decode path of a mode: one prompt, then one-token steps with carried state."""
 
+import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -191,4 +192,7 @@ def sample_sequences(
         made = decoder.step() if position else decoder.start(begin, temperature=1.0, seed=seed)
         tokens[:, position] = made
         on_tokens(len(start))
+    # What a decoder records refers back to it: its states would stay until the collector happens to run.
+    del decoder
+    gc.collect()
     return tokens.cpu().numpy()
