@@ -12,6 +12,7 @@ from qmamba_cli.evaluation.overlap import Overlap, shared_passages
 from qmamba_cli.model.generate import sample_sequences
 from qmamba_cli.model.mamba import Mamba
 from qmamba_cli.progress import Progress
+from qmamba_cli.stages.spooled import give_memory_back
 from qmamba_cli.text import SELF, Samples, choose_samples, open_documents, sample_from_model
 from qmamba_cli.tokenizer import Tokenizer
 
@@ -43,7 +44,11 @@ def all_samples(
         if model is None:
             return None
         with model as loaded:
-            return _sample_from_model(options, tokenizer, loaded, progress)
+            samples = _sample_from_model(options, tokenizer, loaded, progress)
+        # Before it is given back, since this name may be the last one of the model.
+        del loaded
+        give_memory_back()
+        return samples
     documents = open_documents(options.dataset, text_column=options.text_column, offline=options.offline)
     return choose_samples(
         documents,

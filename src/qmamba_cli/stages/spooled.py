@@ -5,11 +5,12 @@ once, put aside in a nameless file of the size of the weights, and read back one
 memory each time. A block has the bits that it has in a model in memory, so the text is the same.
 """
 
+import ctypes
 import errno
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, overload
 
@@ -87,6 +88,16 @@ def spooled_model(checkpoint: Checkpoint, backend: Backend, folder: Path) -> Ite
         with tempfile.TemporaryFile(dir=folder, prefix=".qmamba-blocks-") as file:
             blocks = SpooledBlocks(checkpoint.config, checkpoint.load, file)
             yield _with_ends(checkpoint, blocks, backend)
+
+
+def give_memory_back() -> None:
+    """Hand freed memory back to the system, where the C library can.
+
+    States of tens of megabytes come from its heap, which keeps what is freed; what is observed next has
+    larger tensors, which find no room there and would come on top.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _with_ends(checkpoint: Checkpoint, blocks: Sequence[BlockWeights], backend: Backend) -> Mamba:
