@@ -84,7 +84,8 @@ def fill(work: Iterable[tuple[str, str]], device_index: int, advance: Advance) -
     Returns:
         How many instances are in the cache now.
     """
-    pairs = list(work)
+    # The longest first, so that none is left alone at the end.
+    pairs = sorted(work, key=lambda pair: len(kernel_source(pair[0])), reverse=True)
     processes = min(_MOST_PROCESSES, os.cpu_count() or 1, len(pairs))
     if processes < 2:
         return 0
