@@ -11,7 +11,8 @@ from qmamba_cli.kernels._compile import ARCHITECTURES, compile_all, entries
 from qmamba_cli.kernels._compile import Compiled as Compiled
 from qmamba_cli.kernels.backend import CPU, Backend, select_backend
 from qmamba_cli.progress import Progress, silent
-from qmamba_cli.stages.selftest_cases import Case, Exactness, cases
+from qmamba_cli.stages.selftest_case import Case, Exactness
+from qmamba_cli.stages.selftest_cases import cases
 
 _TIMED_RUNS = 20
 

@@ -1,10 +1,7 @@
 """What `selftest` checks: every operator at shapes of no convenient size."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -14,43 +11,11 @@ from qmamba_cli.kernels.decode import reference, samples
 from qmamba_cli.kernels.decode.tensors import DecodeColumns
 from qmamba_cli.kernels.linear.packed import PackedInt4
 from qmamba_cli.modes import ScanOrder
+from qmamba_cli.stages.selftest_case import Case, Exactness
 
 _SEED = 20250
 # Errors of float32 arithmetic are counted in this unit, relative to the largest value of the output.
 _EPS = float(torch.finfo(torch.float32).eps)
-
-
-class Exactness(StrEnum):
-    """What an output promises, as in docs/numerics.md."""
-
-    EXACT = "exact"
-    GRID = "grid"
-    REAL = "real"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One kernel at one shape.
-
-    Attributes:
-        operator: name of the operator, as in `Backend`.
-        variant: what distinguishes the case.
-        exactness: class of its output.
-        budget: exact: 0; grid: share of elements that may be one step off; real: relative error.
-        call: runs the operator of a backend on what ``prepare`` made and returns the output that is compared.
-        inputs: CPU tensors by name.
-        bytes: bytes read and written at least once.
-        prepare: makes of a backend and its inputs what ``call`` takes, untimed; by default the inputs.
-    """
-
-    operator: str
-    variant: str
-    exactness: Exactness
-    budget: float
-    call: Callable[[Backend, Any], torch.Tensor]
-    inputs: dict[str, torch.Tensor]
-    bytes: int
-    prepare: Callable[[Backend, dict[str, torch.Tensor]], Any] = lambda _ops, inputs: inputs
 
 
 def cases() -> list[Case]:
