@@ -72,8 +72,8 @@ struct RowFetch {
   __device__ __forceinline__ void init() const {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x % 32 == 0) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      init_barrier(barrier, 1);
+      publish_barriers();
     }
     __syncwarp();
 #endif
@@ -84,11 +84,8 @@ struct RowFetch {
   __device__ __forceinline__ void start(const void* from) const {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x % 32 == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(BYTES) : "memory");
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                       stage),
-                   "l"(from), "r"(BYTES), "r"(barrier)
-                   : "memory");
+      arrive_expecting(barrier, BYTES);
+      copy_bytes(stage, from, BYTES, barrier);
     }
     __syncwarp();
 #else
@@ -103,11 +100,7 @@ struct RowFetch {
 
   __device__ __forceinline__ void wait(unsigned int parity) const {
 #if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
+    wait_for(barrier, parity);
 #else
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncwarp();

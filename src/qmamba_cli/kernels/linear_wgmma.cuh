@@ -1,5 +1,5 @@
-// The machine instructions of linear_wide: Hopper's asynchronous matrix products, copies of whole tiles and barriers in
-// shared memory. All of it needs sm_90a.
+// The machine instructions of linear_wide: Hopper's asynchronous matrix products and copies of whole tiles; include
+// barriers.cuh first. All of it needs sm_90a.
 #ifndef QM_LINEAR_WGMMA_CUH
 #define QM_LINEAR_WGMMA_CUH
 
@@ -7,34 +7,6 @@
 struct __align__(64) TensorMap {
   unsigned long long words[16];
 };
-
-__device__ __forceinline__ unsigned int shared_address(const void* p) {
-  return static_cast<unsigned int>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ void init_barrier(unsigned int barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-// The barriers that this thread made become visible to the copies of tiles.
-__device__ __forceinline__ void publish_barriers() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void arrive(unsigned int barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrives, and lets the phase wait for so many bytes of copies.
-__device__ __forceinline__ void arrive_expecting(unsigned int barrier, unsigned int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// Waits for the end of the phase of this parity.
-__device__ __forceinline__ void wait_for(unsigned int barrier, unsigned int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
 
 // Copies the tile that begins at this column and row; what lies outside the matrix becomes zero.
 __device__ __forceinline__ void copy_tile(unsigned int to, const TensorMap& map, int column, int row,

@@ -29,6 +29,7 @@
 // Source   the order of passes is ours; Sylvester butterflies as in any fast Walsh-Hadamard transform.
 #include "numerics.cuh"
 #include "half.cuh"
+#include "barriers.cuh"
 #include "hadamard.cuh"
 #include "hadamard_tensor.cuh"
 
@@ -99,15 +100,11 @@ __global__ void __launch_bounds__(MAX_THREADS, K < 20 ? 8 : K == 20 ? 5 : 3)
 struct Fetch {
   unsigned long long* barrier;
 
-  static __device__ __forceinline__ unsigned int shared_address(const void* at) {
-    return static_cast<unsigned int>(__cvta_generic_to_shared(at));
-  }
-
   __device__ __forceinline__ void init() const {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      init_barrier(shared_address(barrier), 1);
+      publish_barriers();
     }
     __syncthreads();
 #endif
@@ -117,12 +114,8 @@ struct Fetch {
   __device__ __forceinline__ void start(void* to, const void* from, int bytes) const {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == 0) {
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                   : "memory");
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                       shared_address(to)),
-                   "l"(from), "r"(bytes), "r"(shared_address(barrier))
-                   : "memory");
+      arrive_expecting(shared_address(barrier), bytes);
+      copy_bytes(shared_address(to), from, bytes, shared_address(barrier));
     }
 #else
     for (int at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16) {
@@ -137,15 +130,7 @@ struct Fetch {
   // parity: 0 for the first copy, 1 for the second, and so on.
   __device__ __forceinline__ void wait(unsigned int parity) const {
 #if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
+    wait_for(shared_address(barrier), parity);
 #else
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();

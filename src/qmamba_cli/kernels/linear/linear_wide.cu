@@ -13,6 +13,7 @@
 // Limits: rows of x and of the weight begin on 16-byte boundaries. Source: ours.
 #include "numerics.cuh"
 #include "linear_mma.cuh"
+#include "barriers.cuh"
 #include "linear_wgmma.cuh"
 
 constexpr int BM = 128, BK = 128, GROUP = 8;
