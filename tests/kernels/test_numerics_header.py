@@ -23,6 +23,9 @@ void dequantize(const signed char* q, float scale, float* out, long n) {
 }
 void silu(const float* x, float* out, long n) { for (long i = 0; i < n; ++i) out[i] = qm_silu(x[i]); }
 void softplus(const float* x, float* out, long n) { for (long i = 0; i < n; ++i) out[i] = qm_softplus(x[i]); }
+void softplus_from(const float* x, float* out, long n) {
+  for (long i = 0; i < n; ++i) out[i] = qm_softplus_from(x[i], std::exp(-std::fabs(x[i])));
+}
 }
 """
 
@@ -75,7 +78,7 @@ def test_dequantize_has_the_bits_of_the_reference(header):
         np.testing.assert_array_equal(call(header.dequantize, q, scale), expected)
 
 
-@pytest.mark.parametrize("name", ["silu", "softplus"])
+@pytest.mark.parametrize("name", ["silu", "softplus", "softplus_from"])
 def test_activations_within_four_ulp(header, rng, name):
     x = np.concatenate(
         [
@@ -84,7 +87,8 @@ def test_activations_within_four_ulp(header, rng, name):
             np.array([20.0, np.nextafter(np.float32(20), np.float32(21)), 0.0, -0.0], dtype=np.float32),
         ]
     )
-    expected = getattr(torch.nn.functional, name)(torch.from_numpy(x.astype(np.float64))).numpy()
+    activation = getattr(torch.nn.functional, name.removesuffix("_from"))
+    expected = activation(torch.from_numpy(x.astype(np.float64))).numpy()
     got = call(getattr(header, name), x)
     ulp = np.spacing(np.abs(expected).astype(np.float32)).astype(np.float64)
     # Below -88.7 exp(-x) overflows and silu is 0 instead of less than 1e-36, in torch as well.

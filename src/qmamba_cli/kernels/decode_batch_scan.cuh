@@ -7,20 +7,8 @@ constexpr int SCAN_BLOCK = 512;
 constexpr int CHANNEL_SLOTS = SCAN_BLOCK / SCAN_TOKENS;
 constexpr float LOG2E = 1.4426950408889634f;
 
-// max(v, 0) + log1p(exp(-|v|)), the latter a polynomial times its argument, relative error below 1e-7; the reference's
-// threshold of 20 holds by itself, since log1p(exp(-20)) is below half an ulp of 20.
 __device__ __forceinline__ float softplus(float v) {
-  const float e = exp2_approx(-LOG2E * fabsf(v));
-  float q = 5.36448834e-3f;
-  q = fmaf(q, e, -3.00644487e-2f);
-  q = fmaf(q, e, 7.9202354e-2f);
-  q = fmaf(q, e, -0.137536183f);
-  q = fmaf(q, e, 0.191535696f);
-  q = fmaf(q, e, -0.248571426f);
-  q = fmaf(q, e, 0.33321321f);
-  q = fmaf(q, e, -0.499996483f);
-  q = fmaf(q, e, 1.0f);
-  return fmaf(q, e, fmaxf(v, 0.0f));
+  return qm_softplus_from(v, exp2_approx(-LOG2E * fabsf(v)));
 }
 
 // Sixteen states of a channel and token, as they are stored.

@@ -42,17 +42,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 }
 
 __device__ __forceinline__ float softplus(float v) {
-  const float e = exp2_approx(-LOG2E * fabsf(v));
-  float q = 5.36448834e-3f;
-  q = fmaf(q, e, -3.00644487e-2f);
-  q = fmaf(q, e, 7.9202354e-2f);
-  q = fmaf(q, e, -0.137536183f);
-  q = fmaf(q, e, 0.191535696f);
-  q = fmaf(q, e, -0.248571426f);
-  q = fmaf(q, e, 0.33321321f);
-  q = fmaf(q, e, -0.499996483f);
-  q = fmaf(q, e, 1.0f);
-  return fmaf(q, e, fmaxf(v, 0.0f));
+  return qm_softplus_from(v, exp2_approx(-LOG2E * fabsf(v)));
 }
 
 // z * sigmoid(z); the divisor is in [1, 2] for either sign.
