@@ -106,48 +106,44 @@ def _alone(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 def _left_out(record: Mapping[str, Any]) -> list[Block]:
-    rows = record["leave_one_out"]
-    everything = record["everything"]
-    bars = [
-        Bar(label="nothing left out", value=real(everything["kl"]), interval=_interval(everything), tone=7)
-    ]
-    bars += [_bar(row, percent(-(real(row["share"]) or 0.0), sign=True)) for row in rows]
-    chart = bar_chart(
-        "KL divergence with everything quantized but one tensor",
-        bars,
-        unit="KL to the float model, nats a token",
+    return _beside_everything(
+        record,
+        record["leave_one_out"],
+        base="nothing left out",
+        title="KL divergence with everything quantized but one tensor",
+        text="Everything is quantized but one tensor, which stays float in all layers: what a finer grid can "
+        "win.",
+        caption="Percent: change against everything quantized.",
     )
-    text = (
-        "Everything is quantized but one tensor, which stays float in all layers: what a finer grid can win."
-    )
-    return [
-        Text(text=text),
-        Figure(svg=chart, caption="Percent: change against everything quantized."),
-        _gains(rows),
-    ]
 
 
 def _per_token(record: Mapping[str, Any]) -> list[Block]:
-    rows = record["per_token"]
+    return _beside_everything(
+        record,
+        record["per_token"],
+        base="one scale a tensor",
+        title="KL divergence with one scale a token for one tensor",
+        text="Everything is quantized; one tensor takes the largest magnitude of each token over its "
+        "channels as that token's clip, in place of one clip for all tokens.",
+        caption="Percent: change against one scale a tensor everywhere.",
+    )
+
+
+def _beside_everything(
+    record: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    base: str,
+    title: str,
+    text: str,
+    caption: str,
+) -> list[Block]:
+    """One tensor changed at a time, beside everything quantized, whose bar is called ``base``."""
     everything = record["everything"]
-    bars = [
-        Bar(label="one scale a tensor", value=real(everything["kl"]), interval=_interval(everything), tone=7)
-    ]
+    bars = [Bar(label=base, value=real(everything["kl"]), interval=_interval(everything), tone=7)]
     bars += [_bar(row, percent(-(real(row["share"]) or 0.0), sign=True)) for row in rows]
-    chart = bar_chart(
-        "KL divergence with one scale a token for one tensor",
-        bars,
-        unit="KL to the float model, nats a token",
-    )
-    text = (
-        "Everything is quantized; one tensor takes the largest magnitude of each token over its channels as "
-        "that token's clip, in place of one clip for all tokens."
-    )
-    return [
-        Text(text=text),
-        Figure(svg=chart, caption="Percent: change against one scale a tensor everywhere."),
-        _gains(rows),
-    ]
+    chart = bar_chart(title, bars, unit="KL to the float model, nats a token")
+    return [Text(text=text), Figure(svg=chart, caption=caption), _gains(rows)]
 
 
 def _gains(rows: Sequence[Mapping[str, Any]]) -> Table:
