@@ -23,7 +23,7 @@ from qmamba_cli.kernels.decode import cuda, reference
 from qmamba_cli.kernels.decode.pack import PackedBlock, pack_block
 from qmamba_cli.kernels.decode.plan import DecodePlan, make_plan
 from qmamba_cli.kernels.decode.samples import SCALES, random_block, random_state, to_device
-from qmamba_cli.kernels.decode.steps import Step, steps
+from qmamba_cli.kernels.decode.steps import launch_steps, steps
 from qmamba_cli.kernels.decode.tensors import DecodeColumns, DecodeState
 from qmamba_cli.kernels.decode.unpack import unpack_block
 from qmamba_cli.modes import MODES
@@ -105,24 +105,11 @@ class Model:
                     continue
                 for step in steps(packed, residual, state, scratch, plan):
                     if step.entry.startswith(only):
-                        launch(step, residual.device, plan.overlap)
+                        launch_steps(cuda.SOURCE, [step], residual.device, overlap=plan.overlap)
 
         moved = sum(packed.nbytes() for packed in self.layers)
         moved += 2 * sum(state.ssm.nbytes + state.conv.values.nbytes for state in states)
         return run, residual, moved
-
-
-def launch(step: Step, device: torch.device, overlap: bool) -> None:
-    _launch.launch(
-        cuda.SOURCE,
-        step.entry,
-        grid=step.grid,
-        block=(step.threads, 1, 1),
-        args=step.args,
-        device=device,
-        shared_bytes=step.shared_bytes,
-        overlap=overlap,
-    )
 
 
 def check(shape: str, w_bits: int, columns: DecodeColumns, batch: int) -> str:

@@ -13,6 +13,7 @@ from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.backend import CPU
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.kernels.decode import cuda, plan, reference
+from qmamba_cli.kernels.decode import steps as stepping
 from qmamba_cli.kernels.decode.pack import pack_block
 from qmamba_cli.kernels.decode.samples import (
     SCALES,
@@ -22,7 +23,7 @@ from qmamba_cli.kernels.decode.samples import (
     with_channel_columns,
     with_channel_scales,
 )
-from qmamba_cli.kernels.decode.steps import new_scratch, steps
+from qmamba_cli.kernels.decode.steps import Step, launch_steps, new_scratch, steps
 from qmamba_cli.kernels.decode.tensors import DecodeColumns, DecodeState, check_tensors, supported
 from qmamba_cli.kernels.decode.unpack import unpack_block, unpack_steps
 from qmamba_cli.model.block import BlockState, block_forward
@@ -403,3 +404,22 @@ def test_wrong_operands_are_refused(small_block):
         steps(packed, residual, good, new_scratch(packed, 2, plan.make_plan(packed, 2)), chosen)
     with pytest.raises(ShapeError, match="expected a CUDA tensor"):
         cuda.decode_block(packed, residual, good, scratch, plan=chosen)
+
+
+def test_steps_are_launched_in_turn_as_they_say(monkeypatch):
+    launched = []
+    monkeypatch.setattr(stepping, "launch", lambda *args, **options: launched.append((args, options)))
+    device = torch.device("cuda", 1)
+    given = [
+        Step(entry="first", grid=(3, 2, 1), threads=64, args=(None,), shared_bytes=128),
+        Step(entry="second", grid=(5, 1, 1), threads=32, args=(), shared_bytes=0),
+    ]
+    launch_steps("decode/decode.cu", given, device, overlap=True)
+    launch_steps("decode/decode.cu", given[:1], device)
+    common = {"device": device, "shared_bytes": 128, "grid": (3, 2, 1), "block": (64, 1, 1), "args": (None,)}
+    second = {"device": device, "shared_bytes": 0, "grid": (5, 1, 1), "block": (32, 1, 1), "args": ()}
+    assert launched == [
+        (("decode/decode.cu", "first"), {**common, "overlap": True}),
+        (("decode/decode.cu", "second"), {**second, "overlap": True}),
+        (("decode/decode.cu", "first"), {**common, "overlap": False}),
+    ]

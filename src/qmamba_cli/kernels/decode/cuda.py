@@ -7,7 +7,7 @@ import torch
 from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.decode.pack import PackedBlock
 from qmamba_cli.kernels.decode.plan import DecodePlan, SharedMemory, make_plan
-from qmamba_cli.kernels.decode.steps import DecodeScratch, new_scratch, steps
+from qmamba_cli.kernels.decode.steps import DecodeScratch, launch_steps, new_scratch, steps
 from qmamba_cli.kernels.decode.tensors import DecodeState
 
 SOURCE = "decode/decode.cu"
@@ -59,17 +59,8 @@ def decode_block(
     plan = plan or default_plan(packed, residual.shape[0])
     for name, tensor in (("residual", residual), ("state.ssm", state.ssm)):
         _launch.require_cuda(name, tensor)
-    for step in steps(packed, residual, state, scratch, plan, layer=layer):
-        _launch.launch(
-            SOURCE,
-            step.entry,
-            grid=step.grid,
-            block=(step.threads, 1, 1),
-            args=step.args,
-            device=residual.device,
-            shared_bytes=step.shared_bytes,
-            overlap=plan.overlap,
-        )
+    found = steps(packed, residual, state, scratch, plan, layer=layer)
+    launch_steps(SOURCE, found, residual.device, overlap=plan.overlap)
 
 
 @cache

@@ -1,6 +1,6 @@
 """The launches of one decode step, in order: instances, sizes and parameters."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from qmamba_cli.errors import ShapeError
-from qmamba_cli.kernels._launch import Arg
+from qmamba_cli.kernels._launch import Arg, launch
 from qmamba_cli.kernels.decode import plan as planning
 from qmamba_cli.kernels.decode.pack import STATES, PackedBlock, PackedMatrix
 from qmamba_cli.kernels.decode.plan import ROTATE_WIDTH, DecodePlan
@@ -59,6 +59,28 @@ class Step:
     threads: int
     args: tuple[Arg, ...]
     shared_bytes: int
+
+
+def launch_steps(source: str, steps: Iterable[Step], device: torch.device, *, overlap: bool = False) -> None:
+    """Launch steps in turn.
+
+    Args:
+        source: path below ``qmamba_cli/kernels`` of their instances.
+        steps: instances, sizes and parameters.
+        device: where the parameters lie.
+        overlap: each may start while the one before it still runs; as for `_launch.launch`.
+    """
+    for step in steps:
+        launch(
+            source,
+            step.entry,
+            grid=step.grid,
+            block=(step.threads, 1, 1),
+            args=step.args,
+            device=device,
+            shared_bytes=step.shared_bytes,
+            overlap=overlap,
+        )
 
 
 def new_scratch(packed: PackedBlock, batch: int, plan: DecodePlan) -> DecodeScratch:

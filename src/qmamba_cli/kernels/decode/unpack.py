@@ -7,7 +7,7 @@ from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.decode.cuda import SOURCE
 from qmamba_cli.kernels.decode.pack import PackedBlock, PackedMatrix
-from qmamba_cli.kernels.decode.steps import Step
+from qmamba_cli.kernels.decode.steps import Step, launch_steps
 from qmamba_cli.kernels.decode.tensors import BLOCKS
 
 _THREADS = 256
@@ -29,15 +29,7 @@ def unpack_block(packed: PackedBlock, in_proj: torch.Tensor, out_proj: torch.Ten
     """
     for name, tensor in (("in_proj", in_proj), ("out_proj", out_proj)):
         _launch.require_cuda(name, tensor)
-    for step in unpack_steps(packed, in_proj, out_proj):
-        _launch.launch(
-            SOURCE,
-            step.entry,
-            grid=step.grid,
-            block=(step.threads, 1, 1),
-            args=step.args,
-            device=in_proj.device,
-        )
+    launch_steps(SOURCE, unpack_steps(packed, in_proj, out_proj), in_proj.device)
 
 
 def unpack_steps(packed: PackedBlock, in_proj: torch.Tensor, out_proj: torch.Tensor) -> tuple[Step, ...]:

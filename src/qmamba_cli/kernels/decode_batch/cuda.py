@@ -7,6 +7,7 @@ import torch
 from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.decode.cuda import shared_memory
 from qmamba_cli.kernels.decode.pack import PackedBlock
+from qmamba_cli.kernels.decode.steps import launch_steps
 from qmamba_cli.kernels.decode_batch.plan import GROUPS, NORM_PARTS, BatchPlan, make_plan
 from qmamba_cli.kernels.decode_batch.steps import steps
 from qmamba_cli.kernels.decode_batch.tensors import BatchBlock, BatchScratch, BatchState
@@ -51,14 +52,5 @@ def step_blocks(
         ShapeError: an argument is not as above.
     """
     _launch.require_cuda("residual", residual)
-    for step in steps(blocks, residual, states, scratch, plan):
-        _launch.launch(
-            SOURCE,
-            step.entry,
-            grid=step.grid,
-            block=(step.threads, 1, 1),
-            args=step.args,
-            device=residual.device,
-            shared_bytes=step.shared_bytes,
-            overlap=plan.overlap,
-        )
+    found = steps(blocks, residual, states, scratch, plan)
+    launch_steps(SOURCE, found, residual.device, overlap=plan.overlap)

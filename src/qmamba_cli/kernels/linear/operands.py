@@ -67,6 +67,7 @@ def expand(weight: Weight, out: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def _rows(weight: Interleaved, out: torch.Tensor) -> torch.Tensor:
+    from qmamba_cli.kernels.decode.steps import launch_steps
     from qmamba_cli.kernels.decode.unpack import unpack_steps
 
     block = weight.block
@@ -78,16 +79,7 @@ def _rows(weight: Interleaved, out: torch.Tensor) -> torch.Tensor:
     )
     in_proj = weight.name == "in_proj"
     steps = unpack_steps(block, out if in_proj else rest, rest if in_proj else out)
-    step = steps[0 if in_proj else 1]
-    _launch.launch(
-        _DECODE_SOURCE,
-        step.entry,
-        grid=step.grid,
-        block=(step.threads, 1, 1),
-        args=step.args,
-        device=out.device,
-        shared_bytes=step.shared_bytes,
-    )
+    launch_steps(_DECODE_SOURCE, [steps[0 if in_proj else 1]], out.device)
     return out
 
 
