@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmamba_cli.html import svg
-from qmamba_cli.html.charts import Bar, Series, bar_chart, line_chart, sparkline
+from qmamba_cli.html.charts import Bar, Series, bar_chart, line_chart
 from qmamba_cli.html.grids import heat_map, histogram
 from qmamba_cli.html.scale import number, powers_of_two, scale
 
@@ -53,7 +53,6 @@ def test_text_from_outside_is_escaped():
         line_chart(BAD, [Series(name=BAD, points=[(1, 1)])], x_label=BAD, y_label=BAD),
         heat_map(BAD, [BAD], [BAD], [[1.0]], x_label=BAD),
         histogram(BAD, [0.0, 1.0], [3], x_label=BAD),
-        sparkline(BAD, [1.0]),
     )
     for drawing in drawings:
         only(drawing)
@@ -78,7 +77,6 @@ def test_any_values_give_a_legal_drawing(values, log):
         )
     )
     only(heat_map("map", ["row"], ["c"] * len(values), [values], x_label="x", log=log))
-    only(sparkline("spark", values))
 
 
 def test_a_line_leaves_out_what_has_no_place():

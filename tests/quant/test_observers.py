@@ -105,7 +105,6 @@ def test_batching_does_not_matter(kind, reduction, size):
 def test_scale_is_the_absmax_on_the_int8_grid():
     watched = feed(observer(), batches(4, [3]))
     assert watched.scale() == scale_from_absmax(watched.absmax())
-    assert watched.scale_at(0.75) == scale_from_absmax(watched.absmax_at(0.75))
 
 
 def test_another_alpha_equals_a_calibration_with_it():

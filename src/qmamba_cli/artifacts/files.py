@@ -56,16 +56,6 @@ def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, 64 lower-case hexadecimal digits; reads it in pieces.
-
-    Raises:
-        QmambaError: the file cannot be read.
-    """
-    with reading(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def canonical_json(value: Any) -> str:
     r"""JSON with one spelling: keys sorted, no spaces, ASCII only, no NaN or infinity.
 

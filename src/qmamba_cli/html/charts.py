@@ -216,18 +216,3 @@ def _legend(series: Sequence[Series]) -> tuple[list[str], float]:
 
 def _drawable(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def sparkline(title: str, values: Sequence[float]) -> str:
-    """A small line without axes, for a cell of a table or a line of text."""
-    finite = [value for value in values if math.isfinite(value)]
-    width, height = 96.0, 22.0
-    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
-    y_axis = Scale(low=low, high=high, start=height - 3, end=3.0, log=False, ticks=())
-    step = (width - 6) / max(len(finite) - 1, 1)
-    points = [(3 + step * index, y_axis(value)) for index, value in enumerate(finite)]
-    parts = []
-    if points:
-        parts.append(svg.polyline(points, "line s0 dash0"))
-        parts.append(svg.dot(*points[-1], "fill s0", radius=2.4))
-    return svg.figure(title, width, height, parts).replace('class="chart"', 'class="spark"', 1)

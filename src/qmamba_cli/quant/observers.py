@@ -147,10 +147,6 @@ class Observer:
         """
         return scale_from_absmax(self.absmax())
 
-    def scale_at(self, alpha: float) -> float:
-        """`scale` at another alpha; raises as `absmax_at` does."""
-        return scale_from_absmax(self.absmax_at(alpha))
-
     def merge(self, other: "Observer") -> None:
         """Add what ``other`` observed after this one: the same bits as one pass over both.
 
