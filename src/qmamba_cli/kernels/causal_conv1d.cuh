@@ -32,14 +32,6 @@ __device__ __forceinline__ float rcp_approx(float x) {
 // exp2 gives the limit 0, so nothing is bounded.
 __device__ __forceinline__ float silu(float a) { return a * rcp_approx(1.0f + exp2_approx(-LOG2E * a)); }
 
-// Four signed integers, saturated, the first in the lowest byte.
-__device__ __forceinline__ u32 pack_saturated(const int (&q)[4]) {
-  u32 upper, all;
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(upper) : "r"(q[3]), "r"(q[2]), "r"(0));
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(all) : "r"(q[1]), "r"(q[0]), "r"(upper));
-  return all;
-}
-
 // 1 / out_scale of four channels: EACH its own, or one for all, in one register.
 template <bool EACH>
 struct InvScales {
@@ -47,13 +39,10 @@ struct InvScales {
   __device__ __forceinline__ float operator[](int j) const { return value[EACH ? j : 0]; }
 };
 
-// Four values to int8 as qm_quantize has it: the product is rounded, then the sum with 1.5 * 2^23, half to even.
+// Four values to int8 as qm_quantize has it.
 template <bool EACH>
 __device__ __forceinline__ u32 quantize_four(const float (&v)[4], const InvScales<EACH>& inv_scales) {
-  int q[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) q[k] = __float_as_int(v[k] * inv_scales[k] + QM_MAGIC) - MAGIC_BITS;
-  return pack_saturated(q);
+  return qm_four_bytes(v[0] * inv_scales[0], v[1] * inv_scales[1], v[2] * inv_scales[2], v[3] * inv_scales[3]);
 }
 
 // The exact dot product of four bytes with the taps.

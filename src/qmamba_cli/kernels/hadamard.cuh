@@ -12,21 +12,11 @@ __device__ __forceinline__ float unit_factor(float norm, float inv_scale) {
   return sizeof(Out) == 1 ? norm * inv_scale : norm;
 }
 
-// sum * factor, rounded half to even. The conversion shares its unit with nothing here, and saturates; NaN becomes 0.
-__device__ __forceinline__ int rounded(float sum, float factor) { return __float2int_rn(sum * factor); }
-
-// Two integers, saturated to int8, below the two lower bytes of `above`.
-__device__ __forceinline__ unsigned int pack_two(int low, int high, unsigned int above) {
-  unsigned int packed;
-  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(above));
-  return packed;
-}
-
 // The final sum as an output value.
 template <typename Out>
 __device__ __forceinline__ void finish(float sum, float factor, Out& out) { narrow(sum * factor, out); }
 __device__ __forceinline__ void finish(float sum, float factor, signed char& out) {
-  out = static_cast<signed char>(pack_two(rounded(sum, factor), 0, 0));
+  out = static_cast<signed char>(qm_two_bytes(sum * factor, 0.0f, 0));
 }
 
 // Four bytes of output, from 4 / sizeof(Out) values.
@@ -40,8 +30,7 @@ __device__ __forceinline__ unsigned int word(const float* v, float factor) {
     finish(v[1], factor, b);
     return static_cast<unsigned int>(a.bits) | static_cast<unsigned int>(b.bits) << 16;
   } else {
-    return pack_two(rounded(v[0], factor), rounded(v[1], factor),
-                    pack_two(rounded(v[2], factor), rounded(v[3], factor), 0));
+    return qm_four_bytes(v[0] * factor, v[1] * factor, v[2] * factor, v[3] * factor);
   }
 }
 

@@ -27,8 +27,7 @@
 // its bits. An int8 output is that value, quantized as everywhere: the float output and a quantization after it give
 // the same int8. All of it is within 1e-5 of a step of the reference.
 //
-// Limits: out_scale >= 1e-6 (the caller rounds in a second pass elsewhere): below, the sum with 1.5 * 2^23 could leave
-// [0, inf), where bits order as integers. b <= 65535. Offsets are 64 bits wide.
+// Limits: b <= 65535. Offsets are 64 bits wide.
 //
 // Source: the reference beside this file. No kernel of another project was used.
 #include "numerics.cuh"

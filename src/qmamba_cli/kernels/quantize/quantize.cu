@@ -33,8 +33,7 @@ constexpr float MIN_TOKEN_ABSMAX = 1e-5f;
 constexpr int WARP = 32;
 
 __device__ __forceinline__ u32 quantize_four(float4 x, float4 inv_scale) {
-  return (qm_quantize(x.x, inv_scale.x) & 0xffu) | (qm_quantize(x.y, inv_scale.y) & 0xffu) << 8 |
-         (qm_quantize(x.z, inv_scale.z) & 0xffu) << 16 | (qm_quantize(x.w, inv_scale.w) & 0xffu) << 24;
+  return qm_four_bytes(x.x * inv_scale.x, x.y * inv_scale.y, x.z * inv_scale.z, x.w * inv_scale.w);
 }
 
 __device__ __forceinline__ float4 dequantize_four(u32 q, float4 scale) {

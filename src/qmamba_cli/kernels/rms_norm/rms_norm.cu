@@ -28,9 +28,23 @@ struct alignas(V * sizeof(T)) Vector {
   T value[V];
 };
 
-__device__ __forceinline__ void finish(float y, float inv_scale, signed char& out) { out = qm_quantize(y, inv_scale); }
-template <typename Out>
-__device__ __forceinline__ void finish(float y, float, Out& out) { narrow(y, out); }
+// V values onto the output's grid.
+template <int V>
+__device__ __forceinline__ void finish(const Vector<V, float>& y, float inv_scale, Vector<V, signed char>& out) {
+  if constexpr (V == 4) {
+    const float* v = y.value;
+    *reinterpret_cast<unsigned int*>(out.value) =
+        qm_four_bytes(v[0] * inv_scale, v[1] * inv_scale, v[2] * inv_scale, v[3] * inv_scale);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i++) out.value[i] = qm_quantize(y.value[i], inv_scale);
+  }
+}
+template <int V, typename Out>
+__device__ __forceinline__ void finish(const Vector<V, float>& y, float, Vector<V, Out>& out) {
+#pragma unroll
+  for (int i = 0; i < V; i++) narrow(y.value[i], out.value[i]);
+}
 
 // Sum over the block, the same bits in every thread.
 __device__ __forceinline__ float block_sum(float sum) {
@@ -41,8 +55,10 @@ __device__ __forceinline__ float block_sum(float sum) {
   }
   if (threadIdx.x % WARP == 0) warp_sums[threadIdx.x / WARP] = sum;
   __syncthreads();
+  // Unrolled, so that all are on the way at once; a zero changes no sum.
   float total = warp_sums[0];
-  for (int warp = 1; warp < blockDim.x / WARP; warp++) total += warp_sums[warp];
+#pragma unroll
+  for (int warp = 1; warp < MAX_THREADS / WARP; warp++) total += warp < blockDim.x / WARP ? warp_sums[warp] : 0.0f;
   return total;
 }
 
@@ -69,13 +85,14 @@ __device__ __forceinline__ void store(Vector<V, Out>* out, const Vector<V, float
                                       const Vector<V, float>& x, float factor, float inv_scale) {
   Vector<V, float> gain;
   if (weight != nullptr) gain = weight[at];
-  Vector<V, Out> result;
+  Vector<V, float> y;
 #pragma unroll
   for (int i = 0; i < V; i++) {
-    float y = x.value[i] * factor;
-    if (weight != nullptr) y *= gain.value[i];
-    finish(y, inv_scale, result.value[i]);
+    y.value[i] = x.value[i] * factor;
+    if (weight != nullptr) y.value[i] *= gain.value[i];
   }
+  Vector<V, Out> result;
+  finish<V>(y, inv_scale, result);
   out[at] = result;
 }
 
