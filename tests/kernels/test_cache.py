@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,35 @@ INSTANCES = [(source, names[0]) for source, names in _compile.entries("sm_90").v
 
 
 def test_what_does_not_compile_here_is_left_to_its_first_launch(monkeypatch):
-    # No GPU is visible to the processes, so that none of them can compile.
-    pytest.importorskip("cupy")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # A stand-in for CuPy, so that no GPU is needed.
+    class CompileError(Exception):
+        pass
+
+    compiler = SimpleNamespace(CompileException=CompileError)
+    cuda = SimpleNamespace(Device=lambda _index: nullcontext(), compiler=compiler)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    failures = iter([RuntimeError("no GPU"), CompileError("no such instruction"), None])
+
+    def instance(source, entry):
+        failure = next(failures)
+        if failure is not None:
+            raise failure
+
+    monkeypatch.setattr(_cache, "instance", instance)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     counted = []
-    assert _cache.fill(INSTANCES[:3], 0, counted.append) == 0
+    assert _cache.fill(INSTANCES[:3], 0, counted.append) == 1
     assert counted == [1, 1, 1]
+
+
+def test_the_longest_instance_comes_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(_cache, "_compile", lambda pair, _device: seen.append(pair[0]) or True)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert _cache.fill(INSTANCES, 0, lambda _done: None) == len(INSTANCES)
+    assert sorted(seen) == sorted(source for source, _ in INSTANCES)
+    # One of the first two, which start together.
+    assert "linear/linear_wide.cu" in seen[:2]
 
 
 def test_one_processor_compiles_when_it_launches(monkeypatch):
@@ -27,7 +51,7 @@ def test_one_processor_compiles_when_it_launches(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_processes_fill_the_cache_that_launches_read(tmp_path):
+def test_threads_fill_the_cache_that_launches_read(tmp_path):
     code = (
         "from qmamba_cli.kernels import _cache, _compile\n"
         "work = [(source, names[0]) for source, names in _compile.entries('sm_90').values()]\n"
