@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help env demo test check lint fix fuzz test-gpu bench bench-gpu docs clean
+.PHONY: help env demo test check lint fix fuzz test-gpu sanitize bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo 'make fuzz      the artifacts against 200 kills a stage and 20 000 mutations a reader; takes long'
 	@echo 'make fix       format, and mend what the linter can'
 	@echo 'make test-gpu  the tests that need a GPU; fails if one of them was skipped'
+	@echo 'make sanitize  the GPU tests of the kernels under compute-sanitizer, memcheck and racecheck'
 	@echo 'make bench     speed against transformers, and time by operator'
 	@echo 'make bench-gpu  the CUDA kernels against their floors, goals and peers'
 	@echo 'make docs      write docs/cli.md and docs/modes.md again'
@@ -65,6 +66,10 @@ test-gpu: $(STAMP)
 	@if tail -n 1 $(VENV)/gpu-tests.txt | grep -q skipped; then \
 		echo 'error: GPU tests were skipped, got the reasons above, expected all of them to run' >&2; exit 1; fi
 
+# Fails unless tests ran under the tools and nothing was reported; `tests/sanitize.py` says how.
+sanitize: $(STAMP)
+	@$(BIN)/python tests/sanitize.py
+
 bench-gpu: $(STAMP)
 	@$(BIN)/python benchmarks/gpu.py
 
@@ -75,5 +80,5 @@ docs: $(STAMP)
 	@$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo-out
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist demo-out sanitize-out
 	find src tests benchmarks docs calib_data -name __pycache__ -type d -prune -exec rm -rf {} +

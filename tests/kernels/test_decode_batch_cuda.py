@@ -97,6 +97,7 @@ def test_a_sequence_does_not_depend_on_the_others(batch):
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize(("mode", "w_bits", "batch"), [("0", 4, 64), ("2-4", 8, 16), ("3", 4, 33)])
+@pytest.mark.graph
 def test_overlapping_launches_and_graphs_give_the_bits_of_single_launches(mode, w_bits, batch, layers):
     tokens = torch.randn(12, batch, 768, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     columns, results = COLUMNS[mode], []

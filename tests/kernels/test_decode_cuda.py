@@ -134,6 +134,7 @@ def chain(mode: str, w_bits: int, batch: int, layers: int):
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
 @pytest.mark.parametrize(("mode", "w_bits", "batch"), [("0", 4, 1), ("2-4", 8, 1), ("3", 4, 1), ("3", 8, 8)])
+@pytest.mark.graph
 def test_overlapping_launches_and_graphs_give_the_bits_of_single_launches(mode, w_bits, batch, layers):
     tokens = torch.randn(12, batch, 768, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     results = []

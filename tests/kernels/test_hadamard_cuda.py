@@ -264,6 +264,7 @@ def test_no_rows():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [16, 1536])
+@pytest.mark.graph
 def test_runs_in_a_captured_graph(torch_rng, width):
     x = torch.randn(3, width, generator=torch_rng).cuda()
     expected = cuda.hadamard(x, out_scale=0.05)
@@ -279,6 +280,7 @@ def test_runs_in_a_captured_graph(torch_rng, width):
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.large
 def test_more_than_2_to_31_elements():
     rows, width = 2**20 + 3, 2048
     x = torch.zeros(rows, width, dtype=torch.float16, device="cuda")

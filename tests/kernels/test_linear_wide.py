@@ -98,6 +98,7 @@ def test_a_split_inside_and_between_tiles(torch_rng, split):
 
 
 @pytest.mark.gpu
+@pytest.mark.graph
 def test_rows_of_a_wider_matrix_and_a_graph_s_replay(torch_rng):
     x, weight, scale, *_ = operands(512, 1024, 768, torch_rng)
     wider = torch.zeros(512, 1024, dtype=torch.int8, device="cuda")

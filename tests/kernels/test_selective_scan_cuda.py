@@ -352,6 +352,7 @@ def test_bits_do_not_depend_on_the_run_or_on_looking(torch_rng, order):
 
 
 @pytest.mark.gpu
+@pytest.mark.large
 @pytest.mark.parametrize("d", [4096, 8192])
 def test_more_elements_than_32_bits_count(d):
     if torch.cuda.mem_get_info()[0] < 20 << 30:
@@ -375,6 +376,7 @@ def test_more_elements_than_32_bits_count(d):
 
 
 @pytest.mark.gpu
+@pytest.mark.graph
 def test_a_graph_replays_it(torch_rng):
     case = Case(*(x.cuda() for x in make(torch_rng, b=1, d=64, n=16, l=1)))
     eager = cuda.selective_scan(*case, order=CHUNKED, **SCALES)

@@ -1,0 +1,156 @@
+"""Runs the GPU tests of the kernels under compute-sanitizer.
+
+    python tests/sanitize.py [memcheck] [racecheck] [--processes N] [--out FOLDER] [-- arguments of pytest]
+
+All tests of `tests/kernels` that need a GPU take part but those marked `large`. Under memcheck each tensor is
+an allocation of its own, so that a kernel cannot reach a neighbour unseen; tests that capture graphs need
+torch's pool and run apart. A canary with a fault runs first: a tool that does not report it does not see the
+tests.
+
+The last lines are the result, one for each run. The exit code is 0 if tests ran, all passed, and the tool
+reported nothing; the tool's own words are in FOLDER.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent / "kernels"
+_REPORTED = 86
+_OWN_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+# Parts of a block of these kernels meet at barriers of their own, one part more often than another. racecheck
+# then reports accesses that a later barrier of the whole block has ordered.
+_MISREAD = "regex:batch_(in|out)"
+_CANARY = '''
+import cupy
+
+
+def test_canary():
+    code = """extern "C" __global__ void canary(int* out) {
+      __shared__ int held;
+      held = threadIdx.x;
+      out[(1ll << 33) + held] = held;
+    }"""
+    cupy.RawKernel(code, "canary")((1,), (256,), (cupy.zeros(1, dtype=cupy.int32),))
+    cupy.cuda.runtime.deviceSynchronize()
+'''
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: its name, the tool with its options, which tests take part, and more environment."""
+
+    name: str
+    tool: tuple[str, ...]
+    marks: str
+    environment: dict[str, str]
+
+
+RUNS = (
+    Run("memcheck", ("memcheck",), "gpu and not large and not graph", _OWN_ALLOCATIONS),
+    Run("memcheck of graphs", ("memcheck",), "gpu and not large and graph", {}),
+    Run(
+        "racecheck",
+        ("racecheck", "--kernel-name-exclude", _MISREAD),
+        "gpu and not large",
+        {},
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run went: tests that ran and that failed, and what the tool reported, None if it said nothing."""
+
+    ran: int
+    failed: int
+    reported: int | None
+    code: int
+
+    @property
+    def passed(self) -> bool:
+        return self.code == 0 and self.ran > 0 and self.failed == 0 and self.reported == 0
+
+
+def outcome(code: int, log: str, junit: str) -> Outcome:
+    """The outcome from the exit code, the tool's log and pytest's report, either of which may be empty."""
+    ran = failed = 0
+    if junit:
+        for suite in ElementTree.fromstring(junit).iter("testsuite"):
+            counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+            ran += counts["tests"] - counts["skipped"]
+            failed += counts["failures"] + counts["errors"]
+    summaries = [int(count) for count in re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", log)]
+    return Outcome(ran, failed, sum(summaries) if summaries else None, code)
+
+
+def sanitize(run: Run, processes: int, folder: Path, arguments: list[str], tests: Path = TESTS) -> Outcome:
+    """Run tests under a tool."""
+    stem = folder / run.name.replace(" ", "-")
+    log, junit = stem.with_suffix(".log"), stem.with_suffix(".xml")
+    for old in (log, junit):
+        old.unlink(missing_ok=True)
+    command = [
+        *("compute-sanitizer", "--tool", *run.tool, "--target-processes", "all"),
+        *("--error-exitcode", str(_REPORTED), "--log-file", str(log)),
+        *(sys.executable, "-m", "pytest", str(tests), "-m", run.marks, "-n", str(processes)),
+        *("-q", "-p", "no:cacheprovider", f"--junit-xml={junit}", *arguments),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **run.environment}
+    with stem.with_suffix(".out").open("w") as out:
+        code = subprocess.run(command, env=environment, stdout=out, stderr=subprocess.STDOUT).returncode
+    return outcome(code, *(path.read_text() if path.is_file() else "" for path in (log, junit)))
+
+
+def sees_faults(run: Run, folder: Path) -> bool:
+    """Whether the tool reports a fault in a process of pytest's."""
+    canary = folder / "canary" / "test_canary.py"
+    canary.parent.mkdir(exist_ok=True)
+    canary.write_text(_CANARY)
+    own = Run("canary", run.tool, "", run.environment)
+    seen = sanitize(own, 1, folder, [], canary)
+    return seen.code == _REPORTED and bool(seen.reported)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    tools = ["memcheck", "racecheck"]
+    parser.add_argument("tools", nargs="*", choices=[*tools, []], help="both if left out")
+    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--out", type=Path, default=Path("sanitize-out"))
+    options, arguments = parser.parse_known_args()
+    arguments = [argument for argument in arguments if argument != "--"]
+    if shutil.which("compute-sanitizer") is None:
+        print("error: compute-sanitizer is not on the PATH; it is part of the CUDA toolkit", file=sys.stderr)
+        return 1
+    folder = options.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, good = [], True
+    for tool in options.tools or tools:
+        runs = [run for run in RUNS if run.tool[0] == tool]
+        if not sees_faults(runs[0], folder):
+            lines.append(f"{tool}: does not report the canary's fault, see {folder}/canary.log and .out")
+            good = False
+            continue
+        for run in runs:
+            started = time.monotonic()
+            got = sanitize(run, options.processes, folder, arguments)
+            good &= got.passed
+            lines.append(
+                f"{run.name}: {'passed' if got.passed else 'FAILED'}, {got.ran} tests ran, "
+                f"{got.failed} failed, reported {'no summary' if got.reported is None else got.reported}, "
+                f"exit code {got.code}, {time.monotonic() - started:.0f} s"
+            )
+    print("\n".join(lines))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
