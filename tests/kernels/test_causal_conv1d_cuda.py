@@ -267,6 +267,30 @@ def test_an_int8_output_is_the_float_output_quantized(torch_rng, layout, shape):
 
 
 @gpu
+@pytest.mark.large
+@pytest.mark.parametrize("layout", ["time", "channels"])
+@pytest.mark.parametrize("out_scale", [0.05, None], ids=["int8", "float"])
+@pytest.mark.parametrize("shape", [(1, 4096, 2**19 + 128), (9, 8192, 2**15)], ids=shape_id)
+def test_more_elements_than_32_bits_count(torch_rng, shape, out_scale, layout):
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    b, d, l = shape
+    tail, history = 64, 3
+    size = (b, l, d) if layout == "channels" else (b, d, l)
+    x = torch.randint(-128, 128, size, dtype=torch.int8, device=DEVICE)
+    x = x.transpose(1, 2) if layout == "channels" else x
+    _, options = make(torch_rng, (1, d, 1), "static", with_state=False)
+    moved = {name: to_gpu(value) for name, value in options.items()}
+    whole, state = cuda.causal_conv1d(x, **moved, out_scale=out_scale)
+    # A value depends on four steps only: at the ends, those of a short call.
+    last, last_state = cuda.causal_conv1d(x[-1:, :, -tail:].contiguous(), **moved, out_scale=out_scale)
+    assert_exact("end", whole[-1:, :, history - tail :].cpu(), last[:, :, history:].cpu())
+    assert_exact("state", state.values[-1:].cpu(), last_state.values.cpu())
+    first, _ = cuda.causal_conv1d(x[:1, :, :tail].contiguous(), **moved, out_scale=out_scale)
+    assert_exact("start", whole[:1, :, :tail].cpu(), first.cpu())
+
+
+@gpu
 @pytest.mark.parametrize("layout", ["time", "channels"])
 @pytest.mark.parametrize("out_scale", [1e-8, 1e-7, 1e-6, 1e-3, 1.0, 1e4, 1e6])
 @pytest.mark.parametrize("weight_scale", [1e-8, 1e-3, 1.0, 1e3])

@@ -1,59 +1,10 @@
-// What the causal_conv1d kernels share: SiLU onto either output, sequences in either layout with their states, and four
-// channels side by side. Included after numerics.cuh and half.cuh; causal_conv1d/causal_conv1d.cu describes all of it.
+// What the causal_conv1d kernels share: sequences in either layout with their states, and four elements at a time.
+// Included after numerics.cuh, half.cuh and causal_conv1d_silu.cuh; causal_conv1d/causal_conv1d.cu describes all of it.
 #ifndef QM_CAUSAL_CONV1D_CUH
 #define QM_CAUSAL_CONV1D_CUH
 
-typedef unsigned int u32;
-typedef signed char i8;
-typedef long long i64;
-
 constexpr int THREADS = 128;
 constexpr int HISTORY = 3;
-constexpr float LOG2E = 1.44269504f;
-// The bits of QM_MAGIC: integers added to them are added to the float.
-constexpr int MAGIC_BITS = 0x4B400000;
-// Steps that are loaded together, and groups of them that are in flight, channels contiguous.
-constexpr int GROUP = 4;
-constexpr int FLIGHT = 2;
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float rcp_approx(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// The one SiLU of all kernels here: an int8 output is exactly what the float output would be quantized to. Infinite
-// exp2 gives the limit 0, so nothing is bounded.
-__device__ __forceinline__ float silu(float a) { return a * rcp_approx(1.0f + exp2_approx(-LOG2E * a)); }
-
-// 1 / out_scale of four channels: EACH its own, or one for all, in one register.
-template <bool EACH>
-struct InvScales {
-  float value[EACH ? 4 : 1];
-  __device__ __forceinline__ float operator[](int j) const { return value[EACH ? j : 0]; }
-};
-
-// Four values to int8 as qm_quantize has it.
-template <bool EACH>
-__device__ __forceinline__ u32 quantize_four(const float (&v)[4], const InvScales<EACH>& inv_scales) {
-  return qm_four_bytes(v[0] * inv_scales[0], v[1] * inv_scales[1], v[2] * inv_scales[2], v[3] * inv_scales[3]);
-}
-
-// The exact dot product of four bytes with the taps.
-__device__ __forceinline__ float dot(u32 window, u32 taps) {
-  return __int_as_float(__dp4a(static_cast<int>(window), static_cast<int>(taps), MAGIC_BITS)) - QM_MAGIC;
-}
-
-// Output k of four from their bytes and the four before them.
-__device__ __forceinline__ float window_dot(u32 before, u32 now, u32 taps, int k) {
-  return dot(__byte_perm(before, now, 0x4321 + 0x1111 * k), taps);
-}
 
 __device__ __forceinline__ u32 pack_bytes(i8 a, i8 b, i8 c, i8 d) {
   return (a & 0xffu) | (b & 0xffu) << 8 | (c & 0xffu) << 16 | (d & 0xffu) << 24;
@@ -189,10 +140,15 @@ template <> struct Raw<float> {
   __device__ __forceinline__ float element(int k) const { return (*this)[k]; }
 };
 
+// Whether four words or floats from here, or from a multiple of four further, are one access.
+__device__ __forceinline__ bool aligned_to_four(const void* from) {
+  return reinterpret_cast<unsigned long long>(from) % 16 == 0;
+}
+
 // Four neighbours of a dense vector of d, the last one repeated; `otherwise` where there is none.
 __device__ __forceinline__ Raw<float> four_or_else(const float* values, int c, int d, float otherwise) {
   Raw<float> four;
-  if (values != nullptr && c + 4 <= d && reinterpret_cast<unsigned long long>(values) % 16 == 0) {
+  if (values != nullptr && c + 4 <= d && aligned_to_four(values)) {
     four.load(values + c);
   } else {
     float each[4];
@@ -235,155 +191,24 @@ __device__ __forceinline__ void store_four(const Raw<Out>& four, Out* to, int le
   }
 }
 
-// Four sums to four outputs.
+// Four values in units of UNIT to four outputs.
 template <bool EACH>
-__device__ __forceinline__ void finish(const float (&sum)[4], const float (&scale)[4], const float (&bias)[4],
-                                       const InvScales<EACH>& inv_scales, Raw<i8>& out) {
-  float v[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) v[k] = silu(fmaf(sum[k], scale[k], bias[k]));
+__device__ __forceinline__ void finish(const float (&v)[4], const InvScales<EACH>& inv_scales, Raw<i8>& out) {
   out.bits = quantize_four(v, inv_scales);
 }
+template <bool EACH>
+__device__ __forceinline__ void finish(const float (&v)[4], const InvScales<EACH>&, Raw<float>& out) {
+  out.set(v[0] * UNIT, v[1] * UNIT, v[2] * UNIT, v[3] * UNIT);
+}
 
-template <bool EACH, typename Out>
-__device__ __forceinline__ void finish(const float (&sum)[4], const float (&scale)[4], const float (&bias)[4],
-                                       const InvScales<EACH>&, Raw<Out>& out) {
+// Four real sums to four outputs.
+template <typename Out>
+__device__ __forceinline__ void finish_real(const float (&sum)[4], const float (&scale)[4], const float (&bias)[4],
+                                            Raw<Out>& out) {
   Out four[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) narrow(silu(fmaf(sum[k], scale[k], bias[k])), four[k]);
   out.set(four[0], four[1], four[2], four[3]);
-}
-
-// What a thread of the channel-contiguous kernels knows about four of its channels.
-struct Quad {
-  float scale[4], bias[4];
-
-  __device__ __forceinline__ void load(const float* weight_scale, const float* biases, float x_scale, int c, int d) {
-    const Raw<float> scales = four_or_else(weight_scale, c, d, 1.0f), offsets = four_or_else(biases, c, d, 0.0f);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      scale[j] = scales[j] * x_scale;
-      bias[j] = offsets[j];
-    }
-  }
-};
-
-// Windows of four channels: the latest step in the highest byte.
-struct Windows {
-  u32 four[4];
-
-  // A row is one step of the four channels.
-  __device__ __forceinline__ void push(u32 row) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) four[j] = __byte_perm(four[j], row, 0x0321 + ((4 + j) << 12));
-  }
-
-  template <typename Out, bool EACH>
-  __device__ __forceinline__ Raw<Out> output(const u32 (&taps)[4], const Quad& quad,
-                                             const InvScales<EACH>& inv_scales) const {
-    float sum[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum[j] = dot(four[j], taps[j]);
-    Raw<Out> out;
-    finish(sum, quad.scale, quad.bias, inv_scales, out);
-    return out;
-  }
-
-  // The last w - 1 steps are the new state.
-  __device__ __forceinline__ void store_state(const Sequence<i8, true>& x, int c) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const i8 last[HISTORY] = {static_cast<i8>(four[j] >> 8), static_cast<i8>(four[j] >> 16),
-                                static_cast<i8>(four[j] >> 24)};
-      x.store_state(c + j, last);
-    }
-  }
-};
-
-// `rows` rows further, in one instruction; written out, since the compiler would make many of it.
-template <typename T>
-__device__ __forceinline__ T* rows_ahead(T* from, u32 stride_bytes, u32 rows) {
-  T* to;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(stride_bytes), "r"(rows), "l"(from));
-  __builtin_assume(__isGlobal(to));
-  return to;
-}
-
-// One step of a thread's channels, as it lies in memory. Volatile: the compiler would read a step just before its use.
-template <int QUADS> struct Step;
-template <> struct Step<1> {
-  u32 word[1];
-  __device__ __forceinline__ void load(const i8* from) {
-    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word[0]) : "l"(from));
-  }
-  __device__ __forceinline__ void load_shared(u32 from) {
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word[0]) : "r"(from) : "memory");
-  }
-};
-template <> struct Step<2> {
-  u32 word[2];
-  __device__ __forceinline__ void load(const i8* from) {
-    asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(from));
-  }
-  __device__ __forceinline__ void load_shared(u32 from) {
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "r"(from) : "memory");
-  }
-};
-
-// Steps of a thread's channels on their way through shared memory: many are in flight, and none holds a register. A
-// thread reads only what it has copied itself, so it waits for its own copies and for no other thread.
-template <int QUADS>
-struct Ring {
-  static constexpr int BYTES = 4 * QUADS;
-  static constexpr u32 STEP_BYTES = THREADS * BYTES, GROUP_BYTES = GROUP * STEP_BYTES;
-  // One more than are in flight: the slot that is filled is not the one that was just read.
-  static constexpr int SLOTS = FLIGHT + 1;
-  u32 base;        // of the thread's place in the first slot
-  const i8* from;  // step that is asked for next
-  u32 stride;      // bytes between steps
-  int left;        // groups not asked for yet
-  int slot;        // filled next
-
-  __device__ __forceinline__ Ring(void* shared, const i8* first, u32 stride_bytes, int groups)
-      : base(static_cast<u32>(__cvta_generic_to_shared(shared)) + (threadIdx.y * blockDim.x + threadIdx.x) * BYTES),
-        from(first), stride(stride_bytes), left(groups), slot(0) {}
-
-  // Asks for one more group of steps, if there is one; it counts as a group in any case.
-  __device__ __forceinline__ void ask() {
-    if (left > 0) {
-      const u32 to = base + slot * GROUP_BYTES;
-#pragma unroll
-      for (u32 k = 0; k < GROUP; ++k) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to + k * STEP_BYTES),
-                     "l"(rows_ahead(from, stride, k)), "n"(BYTES)
-                     : "memory");
-      }
-      from = rows_ahead(from, stride, GROUP);
-      --left;
-    }
-    slot = slot == SLOTS - 1 ? 0 : slot + 1;
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  }
-
-  __device__ __forceinline__ void fill() {
-#pragma unroll
-    for (int i = 0; i < FLIGHT; ++i) ask();
-  }
-
-  // The oldest group; as many stay in flight after it.
-  __device__ __forceinline__ void take(Step<QUADS> (&steps)[GROUP]) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(FLIGHT - 1) : "memory");
-    const u32 at = base + (slot == SLOTS - 1 ? 0 : slot + 1) * GROUP_BYTES;
-    ask();
-#pragma unroll
-    for (u32 k = 0; k < GROUP; ++k) steps[k].load_shared(at + k * STEP_BYTES);
-  }
-};
-
-template <typename Out>
-__device__ __forceinline__ void store_step(const Raw<Out> (&fours)[1], Out* to) { fours[0].store(to); }
-__device__ __forceinline__ void store_step(const Raw<i8> (&fours)[2], i8* to) {
-  *reinterpret_cast<uint2*>(to) = make_uint2(fours[0].bits, fours[1].bits);
 }
 
 #endif

@@ -10,7 +10,7 @@
 // scales (b, l), (b, w-1) are dense. Blocks along z are sequences of the batch.
 //
 //   time contiguous       block = (pieces of a row) x (rows). A thread owns one piece of 16 steps (int8 to int8) or
-//                         4 steps (else), and walks `span` rows, the next row's loads in flight:
+//                         4 steps (else), and walks `span` rows (pairs of rows of int8 with one scale):
 //                             row c    |piece 0|piece 1|..      each piece also reads the 3 steps before it
 //                             row c+1  |piece 0|piece 1|..
 //   channels contiguous   block = (quads of channels) x (runs). A thread owns 4 channels, or 8 of aligned int8 to int8,
@@ -23,29 +23,21 @@
 //
 // Numerics. int8 with one scale: dp4a on the accumulator 1.5 * 2^23 gives the exact sum as a float. Else: float32,
 // oldest tap first, one fused rounding a tap. exp is ex2.approx (2 ulp) of -a * log2(e), the reciprocal is
-// rcp.approx (1 ulp). A value depends on its own window only: layout, position and the split into calls do not change
-// its bits. An int8 output is that value, quantized as everywhere: the float output and a quantization after it give
-// the same int8. All of it is within 1e-5 of a step of the reference.
+// rcp.approx (1 ulp). int8 with one scale: channels 2k and 2k + 1 share one reciprocal, since the special-function unit
+// is what limits; a last channel without a partner has one of zeros. So a value depends on its own window and its
+// partner's only: layout, position and the split into calls do not change its bits. An int8 output is that value,
+// quantized as everywhere: the float output and a quantization after it give the same int8. All of it is within 1e-5
+// of a step of the reference.
 //
-// Limits: b <= 65535. Offsets are 64 bits wide.
+// Limits: 1e-6 <= out_scale <= 1e4 (the caller rounds in a second pass elsewhere), so that UNIT / out_scale and its
+// products stay normal numbers. b <= 65535. Offsets are 64 bits wide.
 //
 // Source: the reference beside this file. No kernel of another project was used.
 #include "numerics.cuh"
 #include "half.cuh"
+#include "causal_conv1d_silu.cuh"
 #include "causal_conv1d.cuh"
-
-// Four neighbours in time of one channel.
-template <typename Out>
-__device__ __forceinline__ Raw<Out> dot_row(u32 before, u32 now, u32 taps, float scale, float bias,
-                                            float inv_scale) {
-  const float scales[4] = {scale, scale, scale, scale}, biases[4] = {bias, bias, bias, bias};
-  float sum[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) sum[k] = window_dot(before, now, taps, k);
-  Raw<Out> four;
-  finish(sum, scales, biases, InvScales<false>{inv_scale}, four);
-  return four;
-}
+#include "causal_conv1d_channels.cuh"
 
 // A piece of one row, as loaded: the 4 steps before it, WORDS * 4 steps, and the channel's numbers.
 template <int WORDS>
@@ -53,11 +45,22 @@ struct Row {
   u32 words[WORDS + 1];
   u32 taps;
   float scale, bias;
+
+  // Steps 4i to 4i + 3 before SiLU.
+  __device__ __forceinline__ void sums(int i, float (&four)[4]) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) four[k] = fmaf(window_dot(words[i], words[i + 1], taps, k), scale, bias);
+  }
 };
 
 template <int WORDS>
 __device__ __forceinline__ void load_row(Row<WORDS>& row, const Sequence<i8, false>& x, const i8* weight,
-                                         const float* weight_scale, const float* bias, int c, int t, bool vector) {
+                                         const float* weight_scale, const float* bias, float x_scale, int c, int t,
+                                         bool vector) {
+  if (c >= x.d) {
+    row = {};
+    return;
+  }
   row.words[0] = load_four<true>(x, c, t - 4, vector).bits;
   bool loaded = false;
   if constexpr (WORDS == 4) {
@@ -75,19 +78,12 @@ __device__ __forceinline__ void load_row(Row<WORDS>& row, const Sequence<i8, fal
     for (int i = 0; i < WORDS; ++i) row.words[i + 1] = load_four<false>(x, c, t + 4 * i, vector).bits;
   }
   row.taps = packed_taps(weight, c, x.w);
-  row.scale = weight_scale[c];
+  row.scale = weight_scale[c] * x_scale;
   row.bias = or_else(bias, c, 0.0f);
 }
 
 template <typename Out, int WORDS>
-__device__ __forceinline__ void finish_row(const Row<WORDS>& row, float x_scale, float inv_scale, Out* to, int left,
-                                           bool vector) {
-  const float scale = row.scale * x_scale;
-  Raw<Out> four[WORDS];
-#pragma unroll
-  for (int i = 0; i < WORDS; ++i) {
-    four[i] = dot_row<Out>(row.words[i], row.words[i + 1], row.taps, scale, row.bias, inv_scale);
-  }
+__device__ __forceinline__ void store_row(const Raw<Out> (&four)[WORDS], Out* to, int left, bool vector) {
   if constexpr (WORDS == 4) {
     if (vector && left >= 16) {
       *reinterpret_cast<uint4*>(to) = make_uint4(four[0].bits, four[1].bits, four[2].bits, four[3].bits);
@@ -99,10 +95,10 @@ __device__ __forceinline__ void finish_row(const Row<WORDS>& row, float x_scale,
 }
 
 // int8 with one scale, time contiguous. x: (d, l) a sequence, int8 steps of x_scale. inv_scale: steps of the output a
-// real unit, or 1 / out_scale[c]; int8 output only. span: rows a thread. load_vector, store_vector: all rows are
-// aligned to the thread's access.
+// real unit, or 1 / out_scale[c]; int8 output only. span: pairs of rows a thread. load_vector, store_vector: all rows
+// are aligned to the thread's access.
 template <typename Out>
-__global__ void __launch_bounds__(THREADS, 10)
+__global__ void __launch_bounds__(THREADS, 8)
     causal_conv1d_static(const i8* __restrict__ x, const i8* __restrict__ weight,
                          const float* __restrict__ weight_scale, const float* __restrict__ bias,
                          const i8* __restrict__ state, Out* __restrict__ out, i8* __restrict__ state_out, int d, int l,
@@ -110,72 +106,40 @@ __global__ void __launch_bounds__(THREADS, 10)
                          float inv_scale, float x_scale, const float* __restrict__ out_scale) {
   constexpr int WORDS = sizeof(Out) == 1 ? 4 : 1;
   const int t = (blockIdx.y * blockDim.x + threadIdx.x) * (4 * WORDS);
-  int c = blockIdx.x * blockDim.y * span + threadIdx.y;
-  if (t >= l || c >= d) return;
+  if (t >= l) return;
   const auto seq = sequence<false>(x, batch_stride, stride, state, state_out, d, l, w);
-  Row<WORDS> row, next;
-  load_row(row, seq, weight, weight_scale, bias, c, t, load_vector);
-  for (int k = 0; k < span; ++k) {
-    const int after = c + blockDim.y;
-    const bool more = k + 1 < span && after < d;
-    if (more) load_row(next, seq, weight, weight_scale, bias, after, t, load_vector);
-    Out* to = out + (static_cast<i64>(blockIdx.z) * d + c) * l + t;
-    if (sizeof(Out) == 1 && out_scale != nullptr) inv_scale = __frcp_rn(out_scale[c]);
-    finish_row(row, x_scale, inv_scale, to, l - t, store_vector);
-    if (t + 4 * WORDS >= l) seq.store_state(c);
-    if (!more) return;
-    row = next;
-    c = after;
+  const int first = blockIdx.x * blockDim.y * span + threadIdx.y;
+  for (int k = 0, c = 2 * first; k < span && c < d; ++k, c += 2 * blockDim.y) {
+    Row<WORDS> rows[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      load_row(rows[j], seq, weight, weight_scale, bias, x_scale, c + j, t, load_vector);
+    }
+    Raw<Out> fours[2][WORDS];
+    InvScales<false> inv_scales[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const bool each = sizeof(Out) == 1 && out_scale != nullptr && c + j < d;
+      inv_scales[j].value[0] = (each ? __frcp_rn(out_scale[c + j]) : inv_scale) * UNIT;
+    }
+#pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+      float v[2][4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) rows[j].sums(i, v[j]);
+#pragma unroll
+      for (int at = 0; at < 4; ++at) silu_pair(v[0][at], v[1][at]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) finish(v[j], inv_scales[j], fours[j][i]);
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (c + j >= d) break;
+      store_row(fours[j], out + (static_cast<i64>(blockIdx.z) * d + c + j) * l + t, l - t, store_vector);
+      if (t + 4 * WORDS >= l) seq.store_state(c + j);
+    }
   }
 }
-
-// The windows of 4 * QUADS channels and what turns them into outputs. EACH: every channel has its own scale.
-template <int QUADS, bool EACH>
-struct Channels {
-  Windows windows[QUADS];
-  u32 taps[QUADS][4];
-  Quad quads[QUADS];
-  InvScales<EACH> inv_scales[QUADS];
-
-  __device__ __forceinline__ void load_scales(const float* out_scale, float inv_scale, int c, int d) {
-#pragma unroll
-    for (int i = 0; i < QUADS; ++i) {
-      if constexpr (EACH) {
-        const Raw<float> scales = four_or_else(out_scale, c + 4 * i, d, 1.0f);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) inv_scales[i].value[j] = __frcp_rn(scales[j]);
-      } else {
-        inv_scales[i].value[0] = inv_scale;
-      }
-    }
-  }
-
-  template <typename Out>
-  __device__ __forceinline__ void output(Raw<Out> (&fours)[QUADS]) const {
-#pragma unroll
-    for (int i = 0; i < QUADS; ++i) fours[i] = windows[i].template output<Out>(taps[i], quads[i], inv_scales[i]);
-  }
-
-  // The steps before t; those before the call come from the state.
-  __device__ __forceinline__ void load_past(const Sequence<i8, true>& x, int c, int t, bool whole) {
-    if (whole && t >= HISTORY) {
-      Step<QUADS> past[HISTORY];
-#pragma unroll
-      for (int k = 0; k < HISTORY; ++k) past[k].load(x.at(c, t - HISTORY + k));
-#pragma unroll
-      for (int k = 0; k < HISTORY; ++k) {
-#pragma unroll
-        for (int i = 0; i < QUADS; ++i) windows[i].push(past[k].word[i]);
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int k = -HISTORY; k < 0; ++k) {
-#pragma unroll
-      for (int i = 0; i < QUADS; ++i) windows[i].push(load_four<true>(x, c + 4 * i, t + k, whole).bits);
-    }
-  }
-};
 
 // Steps t to end of a thread's channels. whole: all of them exist and are aligned in x and out, and the ring brings
 // all groups of steps.
@@ -231,15 +195,9 @@ __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 5)
   Ring<QUADS> ring(staged, seq.at(c, t), static_cast<u32>(stride), whole ? (end - t) / GROUP : 0);
   ring.fill();
   Channels<QUADS, EACH> own = {};
-  own.load_past(seq, c, t, whole);
-  own.load_scales(out_scale, inv_scale, c, d);
-#pragma unroll
-  for (int i = 0; i < QUADS; ++i) {
-    const int first = c + 4 * i;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) own.taps[i][j] = packed_taps(weight, min(first + j, d - 1), w);
-    own.quads[i].load(weight_scale, bias, x_scale, first, d);
-  }
+  const bool aligned = w == 4 && bias != nullptr && aligned_to_four(weight) && aligned_to_four(weight_scale) &&
+                       aligned_to_four(bias) && aligned_to_four(out_scale);
+  own.load(seq, {weight, weight_scale, bias, out_scale, x_scale, inv_scale, aligned}, c, t, whole);
   walk_static(seq, own, ring, rows_out, c, t, end, whole);
   if (end != l) return;
 #pragma unroll
@@ -282,7 +240,7 @@ __global__ void __launch_bounds__(THREADS, 8)
       biases[i] = or_else(bias, c, 0.0f);
     }
     Raw<Out> four;
-    finish(sum, scale, biases, InvScales<false>{}, four);
+    finish_real(sum, scale, biases, four);
     store_four(four, out + (static_cast<i64>(blockIdx.z) * d + c) * l + t, l - t, store_vector);
     if (t + 4 >= l) seq.store_state(c);
   }
@@ -312,7 +270,7 @@ struct RealChannels {
       sum[j] = fmaf(window[k][j], taps[3][j], sum[j]);
     }
     Raw<Out> out;
-    finish(sum, quad.scale, quad.bias, InvScales<false>{}, out);
+    finish_real(sum, quad.scale, quad.bias, out);
     return out;
   }
 

@@ -46,7 +46,7 @@ class LaunchConfig:
     Attributes:
         grid: blocks.
         block: threads.
-        span: rows (time contiguous) or steps (channels contiguous) that one thread walks.
+        span: rows or pairs of rows (time contiguous) or steps (channels contiguous) that one thread walks.
         quads: groups of four channels a thread (channels contiguous).
     """
 
@@ -56,20 +56,23 @@ class LaunchConfig:
     quads: int = 1
 
 
-def time_config(b: int, d: int, l: int, *, steps: int, multiprocessors: int) -> LaunchConfig:
-    """The cut for contiguous time, with ``steps`` steps a thread: rows a thread for the fewest waves."""
+def time_config(b: int, rows: int, l: int, *, steps: int, multiprocessors: int) -> LaunchConfig:
+    """The cut for contiguous time: ``steps`` steps a thread, of as many rows as give the fewest waves.
+
+    A row is a channel, or two of int8 with one scale.
+    """
     pieces = _ceil(l, steps)
     x = min(_MOST_PIECES, _power_of_two(pieces))
     y = _THREADS // x
     along = _ceil(pieces, x)
     resident = multiprocessors * _BLOCKS_PER_SM
 
-    def cost(rows: int) -> int:
+    def cost(span: int) -> int:
         # Each block also pays about one row for its start.
-        return _ceil(_ceil(d, y * rows) * along * b, resident) * (rows + 1)
+        return _ceil(_ceil(rows, y * span) * along * b, resident) * (span + 1)
 
     span = min(range(1, _MOST_ROWS + 1), key=cost)
-    return LaunchConfig(grid=(_ceil(d, y * span), along, b), block=(x, y, 1), span=span)
+    return LaunchConfig(grid=(_ceil(rows, y * span), along, b), block=(x, y, 1), span=span)
 
 
 def channels_config(b: int, d: int, l: int, *, multiprocessors: int) -> LaunchConfig:
@@ -116,7 +119,8 @@ def causal_conv1d(
 
     x may have contiguous time or contiguous channels and any stride along the other; both run without a copy,
     and out gets the same axis contiguous, dense. Any other x is copied. Outputs in int8 are of class grid,
-    float ones of class real; a float output depends on its own window only, not on layout or split.
+    float ones of class real; a float output depends on its own window only (and that of its neighbour
+    channel, where both share a reciprocal), not on layout or split.
 
     Raises:
         ShapeError: as the reference, or a tensor is on another device.
@@ -232,7 +236,8 @@ def _config(x: torch.Tensor, channels: bool, static: bool, out_dtype: torch.dtyp
     b, d, l = x.shape
     multiprocessors = sm_count(x.device)
     if not channels:
-        return time_config(b, d, l, steps=_steps(static, out_dtype), multiprocessors=multiprocessors)
+        rows, steps = _ceil(d, 2) if static else d, _steps(static, out_dtype)
+        return time_config(b, rows, l, steps=steps, multiprocessors=multiprocessors)
     wide = static and out_dtype == torch.int8 and l >= _WIDE_MIN_STEPS and d % 8 == 0
     if wide and x.stride(2) < 2**32 and _aligned(x, (x.stride(0) if b > 1 else 0, x.stride(2)), 8):
         return wide_config(b, d, l, multiprocessors=multiprocessors)
