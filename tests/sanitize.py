@@ -7,8 +7,8 @@ an allocation of its own, so that a kernel cannot reach a neighbour unseen; test
 torch's pool and run apart. A canary with a fault runs first: a tool that does not report it does not see the
 tests.
 
-The last lines are the result, one for each run. The exit code is 0 if tests ran, all passed, and the tool
-reported nothing; the tool's own words are in FOLDER.
+Each run prints one line. The exit code is 0 if tests ran, all passed, and the tool reported nothing; the
+tool's own words are in FOLDER.
 """
 
 import argparse
@@ -27,18 +27,22 @@ _REPORTED = 86
 _OWN_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # Parts of a block of these kernels meet at barriers of their own, one part more often than another. racecheck
 # then reports accesses that a later barrier of the whole block has ordered.
-_MISREAD = "regex:batch_(in|out)"
+_MISREAD = ("batch_in", "batch_out")
+_EXCLUDED = tuple(word for name in _MISREAD for word in ("--kernel-name-exclude", f"kernel_substring={name}"))
+# By tool: what is written where, by all threads at once.
+_FAULTS = {"memcheck": "out[(1ll << 33) + threadIdx.x]", "racecheck": "held"}
 _CANARY = '''
 import cupy
 
+CODE = """extern "C" __global__ void canary(int* out) {{
+  __shared__ volatile int held;
+  {fault} = threadIdx.x;
+  out[0] = held;
+}}"""
+
 
 def test_canary():
-    code = """extern "C" __global__ void canary(int* out) {
-      __shared__ int held;
-      held = threadIdx.x;
-      out[(1ll << 33) + held] = held;
-    }"""
-    cupy.RawKernel(code, "canary")((1,), (256,), (cupy.zeros(1, dtype=cupy.int32),))
+    cupy.RawKernel(CODE, "canary")((1,), (256,), (cupy.zeros(1, dtype=cupy.int32),))
     cupy.cuda.runtime.deviceSynchronize()
 '''
 
@@ -58,7 +62,7 @@ RUNS = (
     Run("memcheck of graphs", ("memcheck",), "gpu and not large and graph", {}),
     Run(
         "racecheck",
-        ("racecheck", "--kernel-name-exclude", _MISREAD),
+        ("racecheck", *_EXCLUDED),
         "gpu and not large",
         {},
     ),
@@ -113,7 +117,7 @@ def sees_faults(run: Run, folder: Path) -> bool:
     """Whether the tool reports a fault in a process of pytest's."""
     canary = folder / "canary" / "test_canary.py"
     canary.parent.mkdir(exist_ok=True)
-    canary.write_text(_CANARY)
+    canary.write_text(_CANARY.format(fault=_FAULTS[run.tool[0]]))
     own = Run("canary", run.tool, "", run.environment)
     seen = sanitize(own, 1, folder, [], canary)
     return seen.code == _REPORTED and bool(seen.reported)
@@ -125,30 +129,30 @@ def main() -> int:
     parser.add_argument("tools", nargs="*", choices=[*tools, []], help="both if left out")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, default=Path("sanitize-out"))
-    options, arguments = parser.parse_known_args()
-    arguments = [argument for argument in arguments if argument != "--"]
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, arguments = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     if shutil.which("compute-sanitizer") is None:
         print("error: compute-sanitizer is not on the PATH; it is part of the CUDA toolkit", file=sys.stderr)
         return 1
     folder = options.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    lines, good = [], True
+    good = True
     for tool in options.tools or tools:
         runs = [run for run in RUNS if run.tool[0] == tool]
         if not sees_faults(runs[0], folder):
-            lines.append(f"{tool}: does not report the canary's fault, see {folder}/canary.log and .out")
+            print(f"{tool}: does not report the canary's fault, see {folder}/canary.log and .out", flush=True)
             good = False
             continue
         for run in runs:
             started = time.monotonic()
             got = sanitize(run, options.processes, folder, arguments)
             good &= got.passed
-            lines.append(
+            print(
                 f"{run.name}: {'passed' if got.passed else 'FAILED'}, {got.ran} tests ran, "
                 f"{got.failed} failed, reported {'no summary' if got.reported is None else got.reported}, "
-                f"exit code {got.code}, {time.monotonic() - started:.0f} s"
+                f"exit code {got.code}, {time.monotonic() - started:.0f} s",
+                flush=True,
             )
-    print("\n".join(lines))
     return 0 if good else 1
 
 
