@@ -20,7 +20,16 @@ torch.set_num_threads(1)
 SEED = 20250
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, help="only each N-th of the tests that need a GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    every = config.getoption("--every")
+    if every > 1:
+        kept = [item for item in items if item.get_closest_marker("gpu")][::every]
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+        items[:] = kept
     reason = _no_gpu()
     if reason:
         for item in items:

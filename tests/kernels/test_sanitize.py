@@ -24,6 +24,12 @@ def test_a_run_passes_only_if_tests_ran_and_the_tool_was_silent():
 def test_hazards_count_as_reports():
     log = "========= RACECHECK SUMMARY: 12 hazards displayed (12 errors, 0 warnings)\n"
     assert sanitize.outcome(86, log, JUNIT.format(failed=0)).reported == 12
+    log = (
+        "========= ERROR SUMMARY: 259 errors\n"
+        "========= ERROR SUMMARY: 159 errors were not printed. Use --print-limit option to adjust\n"
+    )
+    assert sanitize.outcome(86, log, JUNIT.format(failed=0)).reported == 259
+    assert sanitize.outcome(86, "========= ERROR SUMMARY: 1 error\n", "").reported == 1
 
 
 def test_every_gpu_test_but_the_large_takes_part():
