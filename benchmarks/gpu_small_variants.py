@@ -119,24 +119,25 @@ def half_variants() -> Iterator[Variant]:
 def hadamard_variants() -> Iterator[Variant]:
     processors = sm_count(torch.device("cuda"))
     shared = hadamard._shared_bytes_per_multiprocessor(torch.device("cuda"))
-    for rows, width in ((1024, 5120), (2048, 5120), (8192, 5120), (8192, 1536), (8192, 4096)):
+    for rows, width in ((1024, 5120), (2048, 5120), (8192, 5120), (8192, 1536), (8192, 4096), (2048, 8192)):
         plan = plan_for(width)
         for dtype in (torch.float16, torch.float32):
             x = torch.randn(rows, width, device="cuda").to(dtype)
             expected = hadamard_reference.hadamard(x, out_scale=0.03)
-            configs = [
-                hadamard.stream_config(
-                    plan, rows, x.element_size(), processors, shared, threads=threads, resident=resident
-                )
-                for threads in ((128, 160) if width == 5120 else (96, 128))
-                for resident in (3, 4, 5, 6)
-            ]
-            configs.append(hadamard.row_config(plan, rows, processors))
-            if dtype == torch.float16:
-                configs = [hadamard.tensor_config(plan, rows, processors, shared)]
+            if width == 8192:
+                configs = [
+                    hadamard.stream_config(plan, rows, 4, processors, shared, threads=128, resident=resident)
+                    for resident in (1, 2, 3)
+                ]
+            else:
+                configs = [hadamard.tensor_config(plan, rows, dtype, processors, shared)]
+            if dtype == torch.float32:
+                configs.append(hadamard.row_config(plan, rows, processors))
+            elif width == 8192:
+                continue
             chosen = hadamard._config(plan, x, True)
             for config in configs:
-                kind = "stream" if config.stage_bytes else "rows"
+                kind = "staying" if config.stage_bytes else "rows"
                 yield Variant(
                     name=f"hadamard {_short(dtype)} to i8, {rows} x {width}, "
                     f"{kind} {config.blocks} blocks of {config.threads}",

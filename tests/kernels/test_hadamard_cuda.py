@@ -14,8 +14,9 @@ from qmamba_cli.kernels.hadamard.matrix import core_matrix, plan_for
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 PROCESSORS = 132
-# Orders with a kernel to int8 that keeps its blocks.
-STREAMED = (1536, 2048, 3072, 4096, 5120, 7168, 8192)
+# Orders with a kernel to int8 that keeps its blocks: on tensor cores, and others.
+TENSOR = (1536, 2048, 3072, 4096, 5120)
+STREAMED = (7168, 8192)
 MAX_SHARED_BYTES = 99 * 1024
 # Orders 2^k, then K * 2^k for compiled cores, for cores read at run time, then widths in blocks.
 WIDTHS = (
@@ -60,30 +61,35 @@ def test_layout_of_streams(width, rows):
     for shared_bytes in (100 * 1024, 228 * 1024):
         config = cuda.stream_config(plan, rows, 4, PROCESSORS, shared_bytes)
         assert config.core << config.bits == plan.order
-        assert config.stage_bytes == config.tile_rows * plan.order * 4
+        assert config.tile_rows == 1 and config.stage_bytes == plan.order * 4
         # Bulk copies and 16-byte stores.
         assert config.stage_bytes % 16 == 0
-        tile_bytes = 4 * config.tile_rows * config.core * config.segment_stride
+        tile_bytes = 4 * config.core * config.segment_stride
         assert config.shared_bytes == config.stage_bytes + tile_bytes <= MAX_SHARED_BYTES
         assert config.threads % 32 == 0 and config.threads <= max(128, 8 * config.core)
         # Nobody is without a tile, and all blocks are resident at once.
+        resident = max(1, shared_bytes // (config.shared_bytes + 1024))
+        assert 1 <= config.blocks <= min(rows, resident * PROCESSORS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 131, 1000, 2048, 8192, 100_000])
+@pytest.mark.parametrize("width", TENSOR)
+def test_layout_on_tensor_cores(width, rows, dtype):
+    plan = plan_for(width)
+    for shared_bytes in (100 * 1024, 228 * 1024):
+        config = cuda.tensor_config(plan, rows, dtype, PROCESSORS, shared_bytes)
+        assert config.core << config.bits == plan.order
+        # A warp has a row, or half of the work of a long float32 row.
+        halves = 2 if dtype == torch.float32 and config.bits == 8 else 1
+        assert config.threads == 32 * halves * config.tile_rows
+        # A barrier a row; for halves 512 bytes for each 16 by 16 of the matrix of 4 K terms.
+        beside = 8 * config.tile_rows if dtype == torch.float32 else (config.core // 4) ** 2 * 512
+        assert config.stage_bytes == config.tile_rows * plan.order * dtype.itemsize
+        assert config.shared_bytes == config.stage_bytes + beside <= MAX_SHARED_BYTES
         tiles = -(-rows // config.tile_rows)
         resident = max(1, shared_bytes // (config.shared_bytes + 1024))
         assert 1 <= config.blocks <= min(tiles, resident * PROCESSORS)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 131, 1000, 2048, 8192, 100_000])
-@pytest.mark.parametrize("width", [1536, 2048, 3072, 4096, 5120])
-def test_layout_of_warps_with_a_row_each(width, rows):
-    plan = plan_for(width)
-    for shared_bytes in (100 * 1024, 228 * 1024):
-        config = cuda.tensor_config(plan, rows, PROCESSORS, shared_bytes)
-        assert config.core << config.bits == plan.order
-        # Four rows of halves, and 512 bytes for each 16 by 16 of the matrix of 4 K terms.
-        assert config.shared_bytes == 4 * 2 * plan.order + (config.core // 4) ** 2 * 512 <= MAX_SHARED_BYTES
-        tiles = -(-rows // 4)
-        resident = max(1, shared_bytes // (config.shared_bytes + 1024))
-        assert config.threads == 128 and 1 <= config.blocks <= min(tiles, resident * PROCESSORS)
 
 
 @pytest.mark.parametrize("bits", range(11))
@@ -168,7 +174,7 @@ def test_other_dtypes(torch_rng, width, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("width", STREAMED)
+@pytest.mark.parametrize("width", (*TENSOR, *STREAMED))
 def test_tiles_in_turn_equal_tiles_alone(torch_rng, width, dtype):
     # Several turns of every block of any GPU, and a last tile that is not full.
     x = torch.randn(2501, width, generator=torch_rng).to(dtype).cuda()

@@ -20,15 +20,20 @@ _INT8 = "signed char"
 _COMPILED_CORES = (12, 20, 28)
 # The core of a power of two: Sylvester's matrix of this order.
 _SYLVESTER_CORE = 16
-# Orders K * 2^bits with a kernel to int8 of their own: 1536, 2048, 3072, 4096, 5120, from float16 on tensor
-# cores; from float32 8192, 7168 too.
+# Orders K * 2^bits with a kernel to int8 on tensor cores: 1536, 2048, 3072, 4096, 5120; and with another from
+# float32 to int8 whose blocks stay too: 8192, 7168.
 _TENSOR = ((12, 7), (16, 7), (12, 8), (16, 8), (20, 8))
-_STREAMS = {torch.float32: (*_TENSOR, (16, 9), (28, 8)), torch.float16: _TENSOR}
-# Warps of a block of that kernel, each with a row, and blocks that its registers allow, by the bits.
-_TENSOR_WARPS = 4
-_TENSOR_BLOCKS = {7: 4, 8: 3}
+_STREAMS = ((16, 9), (28, 8))
+# By dtype and bits: rows of a block on tensor cores, its warps, and blocks that its registers allow.
+_TENSOR_BLOCKS = {
+    (torch.float16, 7): (4, 4, 4),
+    (torch.float16, 8): (4, 4, 3),
+    (torch.float32, 7): (8, 8, 1),
+    (torch.float32, 8): (4, 8, 1),
+}
 # One fragment of the matrix for all lanes.
 _FRAGMENT_BYTES = 32 * 16
+_BARRIER_BYTES = 8
 # Shared memory that a block takes beside its own.
 _RESERVED_SHARED_BYTES = 1024 + 16
 # Elements that a thread stores at once, and the largest order that one thread transforms alone.
@@ -94,11 +99,12 @@ def hadamard(x: torch.Tensor, *, out_scale: float | None = None) -> torch.Tensor
         return torch.empty_like(x, dtype=x.dtype if out_scale is None else torch.int8)
     plan = plan_for(x.shape[-1])
     quantized = out_scale is not None
-    if x.dtype == torch.bfloat16 or (quantized and x.dtype == torch.float16 and not _streams(plan, x.dtype)):
+    tensor = _factors(plan) in _TENSOR
+    if x.dtype == torch.bfloat16 or (quantized and x.dtype == torch.float16 and not tensor):
         y = hadamard(x.float(), out_scale=out_scale)
         return y if quantized else y.to(x.dtype)
     small = plan.core == 1 and plan.order <= _CHUNK
-    config = None if small else _config(plan, x, quantized)
+    config = None if small or x.dtype not in _TYPES else _config(plan, x, quantized)
     if x.dtype not in _TYPES or not (small or config):
         return reference.hadamard(x, out_scale=out_scale)
     return transform(x, plan, config, inv_scale if quantized else None)
@@ -123,7 +129,7 @@ def transform(
     rows = x.numel() // plan.order
     if config is None:
         _launch_small(x, out, types, plan.order.bit_length() - 1, factors)
-    elif config.stage_bytes and x.dtype == torch.float16:
+    elif config.stage_bytes and (config.core, config.bits) in _TENSOR:
         _launch_tensor(x, out, rows, config, factors)
     elif config.stage_bytes:
         _launch_stream(x, out, rows, config, factors)
@@ -193,7 +199,7 @@ def _launch_tensor(
 ) -> None:
     launch(
         SOURCE,
-        _tensor_entry(config.core, config.bits),
+        _tensor_entry(x.dtype, config.core, config.bits),
         grid=(config.blocks, 1, 1),
         block=(config.threads, 1, 1),
         args=(x, out, np.int64(rows), np.float32(scales[0] * scales[1])),
@@ -205,17 +211,12 @@ def _launch_tensor(
 def _config(plan: HadamardPlan, x: torch.Tensor, quantized: bool) -> LaunchConfig | None:
     """The layout, or None where a row does not fit."""
     rows, processors = x.numel() // plan.order, sm_count(x.device)
-    if quantized and _streams(plan, x.dtype):
+    if quantized and _factors(plan) in (*_TENSOR, *_STREAMS):
         shared = _shared_bytes_per_multiprocessor(x.device)
-        if x.dtype == torch.float16:
-            return tensor_config(plan, rows, processors, shared)
+        if _factors(plan) in _TENSOR:
+            return tensor_config(plan, rows, x.dtype, processors, shared)
         return stream_config(plan, rows, x.element_size(), processors, shared)
     return row_config(plan, rows, processors)
-
-
-def _streams(plan: HadamardPlan, dtype: torch.dtype) -> bool:
-    """Whether the order has a kernel of its own from that dtype to int8."""
-    return _factors(plan) in _STREAMS.get(dtype, ())
 
 
 def _factors(plan: HadamardPlan) -> tuple[int, int]:
@@ -277,58 +278,58 @@ def stream_config(
     """
     core, bits = _factors(plan)
     stride = segment_stride(bits)
-    # Two short rows keep every thread busy in the core pass, but not where blocks would be left without one.
-    tile_rows = 2 if bits < 8 and rows >= 2 * processors else 1
-    stage_bytes = tile_rows * plan.order * element_size
-    shared_bytes = stage_bytes + tile_rows * core * stride * 4
+    stage_bytes = plan.order * element_size
+    shared_bytes = stage_bytes + core * stride * 4
     if resident is None:
         fitting = shared_bytes_per_processor // (shared_bytes + _RESERVED_SHARED_BYTES)
         resident = max(1, min(fitting, 2 if core > 20 else 5))
-    tiles = -(-rows // tile_rows)
-    turns = -(-tiles // (processors * resident))
+    turns = -(-rows // (processors * resident))
     return LaunchConfig(
         core=core,
         compiled=True,
         bits=bits,
         segment_stride=stride,
-        tile_rows=tile_rows,
+        tile_rows=1,
         threads=threads or max(_THREADS, 8 * core),
         shared_bytes=shared_bytes,
-        blocks=-(-tiles // turns),
+        blocks=-(-rows // turns),
         stage_bytes=stage_bytes,
     )
 
 
 @lru_cache(maxsize=1024)
 def tensor_config(
-    plan: HadamardPlan, rows: int, processors: int, shared_bytes_per_processor: int
+    plan: HadamardPlan, rows: int, dtype: torch.dtype, processors: int, shared_bytes_per_processor: int
 ) -> LaunchConfig:
-    """Blocks of four warps that stay and take four rows in turn: the fewest that need no more turns than all.
+    """Blocks that stay and take `tile_rows` rows in turn: the fewest that need no more turns than all.
 
     Args:
         plan: of one of the orders that the tensor cores take.
         rows: rows of that order.
+        dtype: of the rows, float16 or float32.
         processors: multiprocessors.
         shared_bytes_per_processor: shared memory of one.
     """
     core, bits = _factors(plan)
-    stage_bytes = _TENSOR_WARPS * plan.order * torch.float16.itemsize
-    shared_bytes = stage_bytes + (core // 4) ** 2 * _FRAGMENT_BYTES
+    tile_rows, warps, by_registers = _TENSOR_BLOCKS[dtype, bits]
+    stage_bytes = tile_rows * plan.order * dtype.itemsize
+    beside = (core // 4) ** 2 * _FRAGMENT_BYTES if dtype == torch.float16 else tile_rows * _BARRIER_BYTES
+    shared_bytes = stage_bytes + beside
     fitting = shared_bytes_per_processor // (shared_bytes + _RESERVED_SHARED_BYTES)
-    tiles = -(-rows // _TENSOR_WARPS)
+    tiles = -(-rows // tile_rows)
 
     def turns(resident: int) -> int:
         return -(-tiles // (processors * resident))
 
-    most = max(1, min(fitting, _TENSOR_BLOCKS[bits]))
+    most = max(1, min(fitting, by_registers))
     resident = next(count for count in range(1, most + 1) if turns(count) == turns(most))
     return LaunchConfig(
         core=core,
         compiled=True,
         bits=bits,
         segment_stride=segment_stride(bits),
-        tile_rows=_TENSOR_WARPS,
-        threads=32 * _TENSOR_WARPS,
+        tile_rows=tile_rows,
+        threads=32 * warps,
         shared_bytes=shared_bytes,
         blocks=min(tiles, processors * resident),
         stage_bytes=stage_bytes,
@@ -378,16 +379,18 @@ def _stream_entry(core: int, bits: int) -> str:
     return f"hadamard_stream<{bits}, {_core_arguments(core)}>"
 
 
-def _tensor_entry(core: int, bits: int) -> str:
-    return f"hadamard_tensor<{bits}, {_core_arguments(core)}>"
+def _tensor_entry(dtype: torch.dtype, core: int, bits: int) -> str:
+    kernel = "hadamard_tensor" if dtype == torch.float16 else "hadamard_lanes"
+    return f"{kernel}<{bits}, {_core_arguments(core)}>"
 
 
 def _entries() -> tuple[str, ...]:
     pairs = ("float, float", "F16, F16", "float, signed char")
     cores = (0, _SYLVESTER_CORE, *_COMPILED_CORES)
     rows = [f"hadamard<{pair}, {_core_arguments(core)}>" for pair in pairs for core in cores]
-    streams = [_stream_entry(*factors) for factors in _STREAMS[torch.float32]]
-    tensor = [_tensor_entry(*factors) for factors in _TENSOR]
+    streams = [_stream_entry(*factors) for factors in _STREAMS]
+    dtypes = (torch.float16, torch.float32)
+    tensor = [_tensor_entry(dtype, *factors) for dtype in dtypes for factors in _TENSOR]
     return (*rows, *(f"hadamard_small<{pair}>" for pair in pairs), *streams, *tensor)
 
 

@@ -19,10 +19,10 @@
 //          Segment k of a row starts at k * segment_stride floats; inside, 4 floats of padding follow every 32 and
 //          16 every 256, which leaves every access of the three passes without bank conflicts for S >= 64.
 //          `hadamard` reads global memory in its core pass; `hadamard_stream` has the next tile on the way meanwhile.
-//          fp16 to int8 of the orders of models: hadamard_tensor.cuh.
+//          To int8 of the orders of models: hadamard_tensor.cuh (fp16) and hadamard_lanes.cuh (fp32).
 // Numerics fp32 sums throughout; the finished sum is multiplied by 1/sqrt(n) once, for int8 by (1/sqrt(n)) * inv_scale
-//          and then rounded by the conversion unit. The order of the sums depends on n alone, so a row's bits do not
-//          depend on its neighbours, nor on the kernel. H_K sums four inputs first (8 sums up to sign), then K / 4
+//          and then rounded. The order of the sums depends on n and the output's type alone, so a row's bits do not
+//          depend on its neighbours. H_K sums four inputs first (8 sums up to sign), then K / 4
 //          of those an output: K / 4 + 3 additions an element instead of K. Compiled with -fmad=false.
 // Limits   S >= 2 unless K = 0; m <= 10; shared memory tile_rows * K * segment_stride * 4 bytes; the rows of a block
 //          hold a multiple of 16 elements. Orders up to 16 of a power of two: `hadamard_small`, below.
@@ -32,6 +32,7 @@
 #include "barriers.cuh"
 #include "hadamard.cuh"
 #include "hadamard_tensor.cuh"
+#include "hadamard_lanes.cuh"
 
 // Four warps: more blocks fit than of five, and with K = 20 and S = 256 all of them own two columns of the core.
 constexpr int MAX_THREADS = 128;
@@ -138,7 +139,7 @@ struct Fetch {
   }
 };
 
-// The transform of float32 rows with a built-in core and S = 2^M, to int8, for orders that models have. Blocks stay on their
+// The transform of float32 rows with a built-in core and S = 2^M, to int8, for long orders. Blocks stay on their
 // multiprocessor: while one finishes a tile, its next tile is on the way into shared memory, so that memory never
 // waits for arithmetic. n is a multiple of 4. Grid: as many blocks as are resident, or fewer.
 template <int M, int K, unsigned... ROWS>
