@@ -16,10 +16,16 @@ _ALIGNMENT = 16
 _TYPES = {torch.float32: "float", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "signed char"}
 _FLOATS = tuple(dtype for dtype in _TYPES if dtype.is_floating_point)
 
+_NO_DELTA = "Nothing"
+
 # Rows of any width take a float32 delta only: it is rare, and a half is widened first.
 ENTRIES = (
-    *(f"rms_norm<1, float, {out}>" for out in _TYPES.values()),
-    *(f"rms_norm<{_VECTOR}, {_TYPES[delta]}, {out}>" for delta in _FLOATS for out in _TYPES.values()),
+    *(f"rms_norm<1, {delta}, {out}>" for delta in (_NO_DELTA, "float") for out in _TYPES.values()),
+    *(
+        f"rms_norm<{_VECTOR}, {delta}, {out}>"
+        for delta in (_NO_DELTA, *(_TYPES[dtype] for dtype in _FLOATS))
+        for out in _TYPES.values()
+    ),
 )
 
 
@@ -108,7 +114,7 @@ def _normalize(
         return out, added
     launch(
         SOURCE,
-        f"rms_norm<{vector}, {_TYPES[torch.float32 if more is None else more.dtype]}, {_TYPES[dtype]}>",
+        f"rms_norm<{vector}, {_NO_DELTA if more is None else _TYPES[more.dtype]}, {_TYPES[dtype]}>",
         grid=(x.numel() // d_model, 1, 1),
         block=(threads, 1, 1),
         args=(x, more, gain, added, out, np.int32(d_model), np.float32(eps), np.float32(inv_scale)),

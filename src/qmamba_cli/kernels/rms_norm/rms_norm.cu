@@ -6,8 +6,8 @@
 //   out       = saturate(round_half_even(y * inv_scale))                          (Out = signed char)
 //
 // Shapes   residual (rows, d) float, delta (rows, d) Delta or null, weight (d,) float or null, sum (rows, d) float, out
-//          (rows, d) Out; row-major. Delta: float, F16, BF16; Out: these or signed char. V = 4 needs d % 4 == 0 and
-//          16-byte alignment (halves and bytes: of four elements), V = 1 takes any d.
+//          (rows, d) Out; row-major. Delta: float, F16, BF16, Nothing; Out: floats or signed char. V = 4 needs
+//          d % 4 == 0 and 16-byte alignment (halves and bytes: of four elements), V = 1 takes any d.
 // Mapping  one block a row. Thread t owns the vectors t, t + T, t + 2T, ... of V neighbours; the first KEPT of them
 //          stay in registers between the sum and the product, later ones are read and added again.
 // Numerics fp32. Each thread sums its squares in order (fused), lanes of a warp are summed by a butterfly, warps in
@@ -27,6 +27,13 @@ template <int V, typename T>
 struct alignas(V * sizeof(T)) Vector {
   T value[V];
 };
+
+// What stands for the type of a delta where there is none.
+struct Nothing {
+  char none;
+};
+template <typename Delta> constexpr bool ADDS = true;
+template <> constexpr bool ADDS<Nothing> = false;
 
 // V values onto the output's grid.
 template <int V>
@@ -72,7 +79,7 @@ __device__ __forceinline__ float add_squares(float sum, const Vector<V, float>& 
 template <int V, typename Delta>
 __device__ __forceinline__ Vector<V, float> load(const Vector<V, float>* row, const Vector<V, Delta>* delta, int at) {
   Vector<V, float> x = row[at];
-  if (delta != nullptr) {
+  if constexpr (ADDS<Delta>) {
     const Vector<V, Delta> more = delta[at];
 #pragma unroll
     for (int i = 0; i < V; i++) x.value[i] += widen(more.value[i]);
@@ -100,7 +107,7 @@ __device__ __forceinline__ void store(Vector<V, Out>* out, const Vector<V, float
 template <int V, typename Delta, typename Out>
 __global__ void __launch_bounds__(MAX_THREADS)
     rms_norm(const float* __restrict__ residual,  // (rows, d)
-             const Delta* __restrict__ delta,     // (rows, d) or null
+             const Delta* __restrict__ delta,     // (rows, d); null if Delta is Nothing
              const float* __restrict__ weight,    // (d,) or null
              float* __restrict__ added,           // (rows, d): residual + delta; null without delta
              Out* __restrict__ out,               // (rows, d)
@@ -108,7 +115,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
              float inv_scale) {                   // steps a real unit; unused for float outputs
   const long long start = static_cast<long long>(blockIdx.x) * d;
   const auto* row = reinterpret_cast<const Vector<V, float>*>(residual + start);
-  const auto* more = delta == nullptr ? nullptr : reinterpret_cast<const Vector<V, Delta>*>(delta + start);
+  const auto* more = reinterpret_cast<const Vector<V, Delta>*>(delta + start);
   const auto* gains = reinterpret_cast<const Vector<V, float>*>(weight);
   auto* sums = reinterpret_cast<Vector<V, float>*>(added + start);
   auto* target = reinterpret_cast<Vector<V, Out>*>(out + start);
@@ -124,13 +131,13 @@ __global__ void __launch_bounds__(MAX_THREADS)
   for (int i = 0; i < KEPT; i++) {
     const int at = t + i * threads;
     if (at >= vectors) continue;
-    if (more != nullptr) sums[at] = kept[i];
+    if (ADDS<Delta>) sums[at] = kept[i];
     sum = add_squares<V>(sum, kept[i]);
   }
   // Counted in 64 bits: the last step may pass 2^31.
   for (long long at = t + KEPT * threads; at < vectors; at += threads) {
     const Vector<V, float> x = load<V, Delta>(row, more, static_cast<int>(at));
-    if (more != nullptr) sums[at] = x;
+    if (ADDS<Delta>) sums[at] = x;
     sum = add_squares<V>(sum, x);
   }
   const float factor = 1.0f / sqrtf(block_sum(sum) / static_cast<float>(d) + eps);
