@@ -10,7 +10,8 @@
 //
 //   elementwise           a thread takes 4 x 4 elements, a block's width apart; blocks x along a row, y over rows
 //   a scale a channel     the same, a row being a token (scales along it) or a channel (one for it)
-//   per token, channels   block = one token; its threads reduce the row, then read it again (from L1 or L2)
+//   per token, channels   block = one token; its threads keep the first KEPT groups of four in registers between the
+//                         maximum and the product, and read later ones again
 //   per token, time       block = 32 tokens x 32 threads that share the channels; one reduction in shared memory
 //
 // Numerics. Exact: halves are widened, one rounding by qm_quantize, IEEE division and reciprocal, a maximum in any
@@ -28,6 +29,8 @@ typedef long long i64;
 constexpr int THREADS = 256;
 // Groups of four elements that a thread has in flight.
 constexpr int IN_FLIGHT = 4;
+// Groups of four that a thread keeps between the maximum and the product: 5120 channels.
+constexpr int KEPT = 5;
 constexpr float QMAX = 127.0f;
 constexpr float MIN_TOKEN_ABSMAX = 1e-5f;
 constexpr int WARP = 32;
@@ -125,6 +128,10 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
+__device__ __forceinline__ float largest(float4 x) {
+  return fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+}
+
 __device__ __forceinline__ float token_scale(float absmax) { return __fdiv_rn(fmaxf(absmax, MIN_TOKEN_ABSMAX), QMAX); }
 
 __device__ __forceinline__ float warp_max(float value) {
@@ -142,27 +149,36 @@ __global__ void __launch_bounds__(THREADS)
   const i64 token = static_cast<i64>(blockIdx.y) * l + blockIdx.x;
   const In* from = x + blockIdx.y * batch_stride + blockIdx.x * stride;
   i8* to = q + token * d;
-  const int fours = vector ? d / 4 : 0;
+  const int fours = vector ? d / 4 : 0, t = threadIdx.x;
+  float4 kept[KEPT];
   float absmax = 0.0f;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < fours; i += THREADS) {
-    const float4 four = read_four(from + 4 * static_cast<i64>(i));
-    absmax = fmaxf(absmax, fmaxf(fmaxf(fabsf(four.x), fabsf(four.y)), fmaxf(fabsf(four.z), fabsf(four.w))));
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+    kept[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (t + i * THREADS < fours) kept[i] = read_four(from + 4 * static_cast<i64>(t + i * THREADS));
   }
-  for (int i = 4 * fours + threadIdx.x; i < d; i += THREADS) absmax = fmaxf(absmax, fabsf(widen(from[i])));
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) absmax = fmaxf(absmax, largest(kept[i]));
+  for (int i = t + KEPT * THREADS; i < fours; i += THREADS) {
+    absmax = fmaxf(absmax, largest(read_four(from + 4 * static_cast<i64>(i))));
+  }
+  for (int i = 4 * fours + t; i < d; i += THREADS) absmax = fmaxf(absmax, fabsf(widen(from[i])));
   absmax = warp_max(absmax);
-  if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = absmax;
+  if (t % WARP == 0) partial[t / WARP] = absmax;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < THREADS / WARP; ++i) absmax = fmaxf(absmax, partial[i]);
 
   const float step = token_scale(absmax), inv_scale = __frcp_rn(step);
-  if (threadIdx.x == 0) scale[token] = step;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < fours; i += THREADS) {
+  if (t == 0) scale[token] = step;
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+    if (t + i * THREADS < fours) write_four(kept[i], to + 4 * static_cast<i64>(t + i * THREADS), inv_scale);
+  }
+  for (int i = t + KEPT * THREADS; i < fours; i += THREADS) {
     write_four(read_four(from + 4 * static_cast<i64>(i)), to + 4 * static_cast<i64>(i), inv_scale);
   }
-  for (int i = 4 * fours + threadIdx.x; i < d; i += THREADS) to[i] = qm_quantize(widen(from[i]), inv_scale);
+  for (int i = 4 * fours + t; i < d; i += THREADS) to[i] = qm_quantize(widen(from[i]), inv_scale);
 }
 
 // Time contiguous. x: (b, d, l), `batch_stride` and `stride` elements apart. q: (b, d, l), scale: (b, l), dense.
