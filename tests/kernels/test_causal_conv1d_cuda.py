@@ -168,7 +168,7 @@ def test_every_element_has_one_thread(b, d, l, multiprocessors):
         assert (config.grid[0] - 1) * down < d <= config.grid[0] * down
         assert x * y <= 128 and config.grid[1] <= 65535 and config.grid[2] == b
 
-    for cut in (cuda.channels_config, cuda.wide_config):
+    for cut in (cuda.channels_config, cuda.real_config, cuda.wide_config):
         config = cut(b, d, l, multiprocessors=multiprocessors)
         x, y, _ = config.block
         width = 4 * config.quads * x
@@ -178,7 +178,7 @@ def test_every_element_has_one_thread(b, d, l, multiprocessors):
         assert config.span % 4 == 0
 
 
-@pytest.mark.parametrize("cut", [cuda.channels_config, cuda.wide_config])
+@pytest.mark.parametrize("cut", [cuda.channels_config, cuda.real_config, cuda.wide_config])
 def test_very_long_sequences_fit_the_grid(cut):
     config = cut(1, 4, 2**30, multiprocessors=132)
     assert config.grid[1] <= 65535 and config.grid[1] * config.block[1] * config.span >= 2**30

@@ -34,6 +34,9 @@ _MOST_STEPS = 32
 # Runs of eight channels: their lengths, and what the start of one costs in steps.
 _WIDE_SPANS = range(8, 65, 4)
 _START_STEPS = 4
+# Runs of four channels of anything but int8 with one scale: their lengths, and the blocks that fit.
+_REAL_SPANS = range(4, 65, 4)
+_REAL_BLOCKS_PER_SM = 4
 # Shorter sequences are not worth eight channels a thread.
 _WIDE_MIN_STEPS = 64
 _MAX_GRID_Y = 65535
@@ -87,6 +90,23 @@ def channels_config(b: int, d: int, l: int, *, multiprocessors: int) -> LaunchCo
     while _ceil(l, span * y) > _MAX_GRID_Y:
         span *= 2
     return LaunchConfig(grid=(_ceil(quads, x), _ceil(l, span * y), b), block=(x, y, 1), span=span)
+
+
+def real_config(b: int, d: int, l: int, *, multiprocessors: int) -> LaunchConfig:
+    """The cut for contiguous channels of floats, or of int8 with a scale a token: runs of even load."""
+    quads = _ceil(d, 4)
+    x = min(_MOST_QUADS, _power_of_two(quads))
+    y = _THREADS // x
+    columns = _ceil(quads, x)
+
+    def cost(steps: int) -> int:
+        waves = _ceil(columns * _ceil(l, steps * y) * b, multiprocessors * _REAL_BLOCKS_PER_SM)
+        return waves * (steps + _START_STEPS)
+
+    span = min(_REAL_SPANS, key=cost)
+    while _ceil(l, span * y) > _MAX_GRID_Y:
+        span *= 2
+    return LaunchConfig(grid=(columns, _ceil(l, span * y), b), block=(x, y, 1), span=span)
 
 
 def wide_config(b: int, d: int, l: int, *, multiprocessors: int, span: int | None = None) -> LaunchConfig:
@@ -238,7 +258,9 @@ def _config(x: torch.Tensor, channels: bool, static: bool, out_dtype: torch.dtyp
     if not channels:
         rows, steps = _ceil(d, 2) if static else d, _steps(static, out_dtype)
         return time_config(b, rows, l, steps=steps, multiprocessors=multiprocessors)
-    wide = static and out_dtype == torch.int8 and l >= _WIDE_MIN_STEPS and d % 8 == 0
+    if not static:
+        return real_config(b, d, l, multiprocessors=multiprocessors)
+    wide = out_dtype == torch.int8 and l >= _WIDE_MIN_STEPS and d % 8 == 0
     if wide and x.stride(2) < 2**32 and _aligned(x, (x.stride(0) if b > 1 else 0, x.stride(2)), 8):
         return wide_config(b, d, l, multiprocessors=multiprocessors)
     return channels_config(b, d, l, multiprocessors=multiprocessors)
