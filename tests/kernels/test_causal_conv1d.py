@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState, causal_conv1d
+from qmamba_cli.quant.grid import quantize
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -52,10 +53,10 @@ class Case(NamedTuple):
             state=state,
         )
 
-    def on(self, backend, **options):
+    def on(self, backend, *, operator="causal_conv1d", **options):
         return oracles.call(
             backend,
-            "causal_conv1d",
+            operator,
             self.x,
             self.weight,
             self.bias,
@@ -114,6 +115,23 @@ def test_int8_outputs_with_a_scale_a_channel_equal_the_oracle(backend, torch_rng
         wanted = oracles.quantize(exact.v[:, channel], step)
         assert_grid(f"channel {channel}", q[:, channel], wanted, share=row.share, steps=row.steps)
     assert set(q[:, 0].flatten().tolist()) == {-128, 127} and not q[:, -1].any()
+
+
+@per_token
+@pytest.mark.parametrize("each", [False, True], ids=["one scale", "a scale a channel"])
+def test_both_outputs_are_the_float_one_and_its_codes(backend, torch_rng, per_token, each):
+    # Channels contiguous, as in a model, where one kernel writes both.
+    case = make(torch_rng, l=70, per_token=per_token)
+    case = case._replace(x=case.x.transpose(1, 2).contiguous().transpose(1, 2))
+    scale = torch.logspace(-5, 2, 31) if each else 0.03
+    v, q, state = case.on(backend, operator="causal_conv1d_both", out_scale=scale)
+    alone, same_state = case.on(backend)
+    assert_exact("v", v, alone)
+    assert_exact("q", q, quantize(v, scale))
+    for got, expected in zip(state, same_state, strict=True):
+        assert (got is None) == (expected is None)
+        if got is not None:
+            assert_exact("state", got, expected)
 
 
 def test_a_scale_a_channel_must_fit(torch_rng):

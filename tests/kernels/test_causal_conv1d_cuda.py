@@ -149,6 +149,7 @@ def check_all(x, options, layout):
 
 def test_the_signature_is_the_reference_s():
     assert inspect.signature(cuda.causal_conv1d) == inspect.signature(reference.causal_conv1d)
+    assert inspect.signature(cuda.causal_conv1d_both) == inspect.signature(reference.causal_conv1d_both)
 
 
 @given(
@@ -185,7 +186,7 @@ def test_very_long_sequences_fit_the_grid(cut):
 
 
 def test_entries_are_distinct():
-    assert len(set(cuda.ENTRIES)) == len(cuda.ENTRIES) == 15
+    assert len(set(cuda.ENTRIES)) == len(cuda.ENTRIES) == 19
 
 
 def test_a_cpu_tensor_is_refused():
@@ -288,6 +289,27 @@ def test_more_elements_than_32_bits_count(torch_rng, shape, out_scale, layout):
     assert_exact("state", state.values[-1:].cpu(), last_state.values.cpu())
     first, _ = cuda.causal_conv1d(x[:1, :, :tail].contiguous(), **moved, out_scale=out_scale)
     assert_exact("start", whole[:1, :, :tail].cpu(), first.cpu())
+
+
+@gpu
+@layouts
+@pytest.mark.parametrize("kind", ["static", "token"])
+@pytest.mark.parametrize("shape", [(2, 5120, 130), (3, 37, 83), (2, 264, 1), (1, 96, 1023)], ids=shape_id)
+def test_both_outputs_are_those_of_two_passes(poisoned_memory, torch_rng, layout, kind, shape):
+    x, options = make(torch_rng, shape, kind)
+    moved = {name: to_gpu(value) for name, value in options.items()}
+    laid = lay_out(x, layout)
+    v, state = cuda.causal_conv1d(laid, **moved)
+    by_channel = torch.linspace(0.01, 2.0, shape[1])
+    for out_scale in (0.05, to_gpu(by_channel)):
+        both_v, q, both_state = cuda.causal_conv1d_both(laid, **moved, out_scale=out_scale)
+        assert_exact("v", both_v, v)
+        assert_exact("q", q.cpu(), quantize(v.cpu(), 0.05 if isinstance(out_scale, float) else by_channel))
+        assert q.stride() == v.stride()
+        for got, expected in zip(both_state, state, strict=True):
+            assert (got is None) == (expected is None)
+            if got is not None:
+                assert_exact("state", got, expected)
 
 
 @gpu

@@ -36,6 +36,7 @@ class Backend:
         embedding: `kernels.embedding.reference.embedding`.
         unrotate: `kernels.embedding.reference.unrotate`.
         causal_conv1d: `kernels.causal_conv1d.reference.causal_conv1d`.
+        causal_conv1d_both: `kernels.causal_conv1d.reference.causal_conv1d_both`.
         selective_scan: `kernels.selective_scan.reference.selective_scan`.
         hadamard: `kernels.hadamard.reference.hadamard`.
         argmax: `kernels.argmax.reference.argmax`.
@@ -52,6 +53,7 @@ class Backend:
     embedding: Callable[..., torch.Tensor]
     unrotate: Callable[..., torch.Tensor]
     causal_conv1d: Callable[..., tuple[torch.Tensor, conv_reference.ConvState]]
+    causal_conv1d_both: Callable[..., tuple[torch.Tensor, torch.Tensor, conv_reference.ConvState]]
     selective_scan: Callable[..., scan_reference.ScanResult]
     hadamard: Callable[..., torch.Tensor]
     argmax: Callable[[torch.Tensor], torch.Tensor]
@@ -69,6 +71,7 @@ CPU = Backend(
     embedding=embedding_reference.embedding,
     unrotate=embedding_reference.unrotate,
     causal_conv1d=conv_reference.causal_conv1d,
+    causal_conv1d_both=conv_reference.causal_conv1d_both,
     selective_scan=scan_reference.selective_scan,
     hadamard=hadamard_reference.hadamard,
     argmax=argmax_reference.argmax,
@@ -120,6 +123,7 @@ def _cuda() -> Backend:
         embedding=embedding.embedding,
         unrotate=embedding.unrotate,
         causal_conv1d=conv.causal_conv1d,
+        causal_conv1d_both=conv.causal_conv1d_both,
         selective_scan=scan.selective_scan,
         hadamard=hadamard.hadamard,
         argmax=argmax.argmax,

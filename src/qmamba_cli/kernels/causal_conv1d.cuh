@@ -201,6 +201,13 @@ __device__ __forceinline__ void finish(const float (&v)[4], const InvScales<EACH
   out.set(v[0] * UNIT, v[1] * UNIT, v[2] * UNIT, v[3] * UNIT);
 }
 
+// The int8 of a float output, whose unit is that of the scales.
+template <bool EACH>
+__device__ __forceinline__ Raw<i8> codes_of(const Raw<float>& out, const InvScales<EACH>& inv_scales) {
+  const float v[4] = {out[0], out[1], out[2], out[3]};
+  return {quantize_four(v, inv_scales)};
+}
+
 // Four real sums to four outputs.
 template <typename Out>
 __device__ __forceinline__ void finish_real(const float (&sum)[4], const float (&scale)[4], const float (&bias)[4],

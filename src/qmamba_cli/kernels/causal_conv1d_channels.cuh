@@ -37,17 +37,17 @@ struct Windows {
     for (int j = 0; j < 4; ++j) four[j] = __byte_perm(four[j], row, 0x0321 + ((4 + j) << 12));
   }
 
-  template <typename Out, bool EACH>
-  __device__ __forceinline__ Raw<Out> output(const u32 (&taps)[4], const Quad& quad,
-                                             const InvScales<EACH>& inv_scales) const {
+  // One step: the output, and the int8 of a float one if BOTH.
+  template <bool BOTH, typename Out, bool EACH>
+  __device__ __forceinline__ void output(const u32 (&taps)[4], const Quad& quad, const InvScales<EACH>& inv_scales,
+                                         Raw<Out>& out, Raw<i8>& codes) const {
     float v[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) v[j] = fmaf(dot(four[j], taps[j]), quad.scale[j], quad.bias[j]);
     silu_pair(v[0], v[1]);
     silu_pair(v[2], v[3]);
-    Raw<Out> out;
     finish(v, inv_scales, out);
-    return out;
+    if (BOTH) finish(v, inv_scales, codes);
   }
 
   // The last w - 1 steps are the new state.
@@ -209,10 +209,12 @@ struct Channels {
     }
   }
 
-  template <typename Out>
-  __device__ __forceinline__ void output(Raw<Out> (&fours)[QUADS]) const {
+  template <bool BOTH, typename Out>
+  __device__ __forceinline__ void output(Raw<Out> (&fours)[QUADS], Raw<i8> (&codes)[QUADS]) const {
 #pragma unroll
-    for (int i = 0; i < QUADS; ++i) fours[i] = windows[i].template output<Out>(taps[i], quads[i], inv_scales[i]);
+    for (int i = 0; i < QUADS; ++i) {
+      windows[i].template output<BOTH>(taps[i], quads[i], inv_scales[i], fours[i], codes[i]);
+    }
   }
 };
 

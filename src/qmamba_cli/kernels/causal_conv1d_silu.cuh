@@ -48,13 +48,14 @@ __device__ __forceinline__ void silu_pair(float& a, float& b) {
 template <bool EACH>
 struct InvScales {
   float value[EACH ? 4 : 1];
+  // unit: of the values that are multiplied.
   template <typename Four>
-  __device__ __forceinline__ void set(const Four& out_scales, float inv_scale) {
+  __device__ __forceinline__ void set(const Four& out_scales, float inv_scale, float unit = UNIT) {
     if constexpr (EACH) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) value[j] = __frcp_rn(out_scales[j]) * UNIT;
+      for (int j = 0; j < 4; ++j) value[j] = __frcp_rn(out_scales[j]) * unit;
     } else {
-      value[0] = inv_scale * UNIT;
+      value[0] = inv_scale * unit;
     }
   }
   __device__ __forceinline__ float operator[](int j) const { return value[EACH ? j : 0]; }

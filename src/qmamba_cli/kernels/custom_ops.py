@@ -43,6 +43,7 @@ def as_custom_ops(backend: Backend) -> Backend:
         embedding=lambda ids, table, scale=None: ops.embedding(ids, table, scale),
         unrotate=lambda x, gain=None: ops.unrotate(x, gain),
         causal_conv1d=_causal_conv1d,
+        causal_conv1d_both=_causal_conv1d_both,
         selective_scan=_selective_scan,
         hadamard=lambda x, *, out_scale=None: ops.hadamard(x, out_scale),
     )
@@ -121,6 +122,13 @@ def _causal_conv1d(
         *(x, weight, bias, number, token_scale, weight_scale, *_number_or_channels(out_scale), values, scales)
     )
     return out, ConvState(kept, None if token_scale is None else kept_scale)
+
+
+def _causal_conv1d_both(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, out_scale: Scale, **options: Any
+) -> tuple[Tensor, Tensor, ConvState]:
+    v, state = _causal_conv1d(x, weight, bias, **options)
+    return v, torch.ops.qmamba.quantize(v, *_number_or_channels(out_scale)), state
 
 
 def _selective_scan(

@@ -3,8 +3,9 @@
 Everything but the convolution and the scan treats tokens one by one and needs to know nothing of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,21 +37,24 @@ def ragged(ops: Backend, lengths: Sequence[int]) -> Backend:
     sizes = list(lengths)
 
     def conv(
-        x: torch.Tensor, *args: Any, x_scale: Any = None, state: ConvState | None = None, **options: Any
-    ) -> tuple[torch.Tensor, ConvState]:
+        op: Callable[..., Any],
+        x: torch.Tensor,
+        *args: Any,
+        x_scale: Any = None,
+        state: ConvState | None = None,
+        **options: Any,
+    ) -> tuple[Any, ...]:
         per_token = isinstance(x_scale, torch.Tensor)
         scales = x_scale.split_with_sizes(sizes, dim=1) if per_token else [x_scale] * len(sizes)
         done = [
-            ops.causal_conv1d(part, *args, x_scale=scale, state=_row(state, row), **options)
+            op(part, *args, x_scale=scale, state=_row(state, row), **options)
             for row, (part, scale) in enumerate(zip(x.split_with_sizes(sizes, dim=2), scales, strict=True))
         ]
         # Channels stay adjacent, as the kernels write and read them.
-        out = torch.cat([y.transpose(1, 2) for y, _ in done], dim=1).transpose(1, 2)
-        values = torch.cat([after.values for _, after in done])
-        scale = (
-            torch.cat([after.scale for _, after in done if after.scale is not None]) if per_token else None
-        )
-        return out, ConvState(values, scale)
+        *outs, after = zip(*done, strict=True)
+        whole = [torch.cat([y.transpose(1, 2) for y in out], dim=1).transpose(1, 2) for out in outs]
+        scale = torch.cat([each.scale for each in after]) if per_token else None
+        return *whole, ConvState(torch.cat([each.values for each in after]), scale)
 
     def scan(*operands: torch.Tensor, state: torch.Tensor | None = None, **options: Any) -> ScanResult:
         parts = [
@@ -68,7 +72,12 @@ def ragged(ops: Backend, lengths: Sequence[int]) -> Backend:
             torch.cat(chunk_states, dim=1) if chunk_states else None,
         )
 
-    return replace(ops, causal_conv1d=conv, selective_scan=scan)
+    return replace(
+        ops,
+        causal_conv1d=partial(conv, ops.causal_conv1d),
+        causal_conv1d_both=partial(conv, ops.causal_conv1d_both),
+        selective_scan=scan,
+    )
 
 
 def _row(state: ConvState | None, row: int) -> ConvState | None:

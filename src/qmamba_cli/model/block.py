@@ -6,7 +6,7 @@ decided in one place: `_conv_input`, the conv's output grid with path A and path
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -70,20 +70,8 @@ def block_forward(
     hook(sites.IN_PROJ_INPUT, normed)
 
     x, x_scale, z = _conv_input(weights, mode, ops, normed, hook)
-    u_scale = scales.x_proj_input
-    v, conv_state = ops.causal_conv1d(
-        x,
-        weights.conv_weight,
-        weights.conv_bias,
-        x_scale=x_scale,
-        weight_scale=weights.conv_scale,
-        out_scale=u_scale if mode.conv_output is ConvOutput.INT8 else None,
-        state=None if state is None else state.conv,
-    )
+    v, path_a, conv_state = _convolved(weights, mode, ops, x, x_scale, None if state is None else state.conv)
     hook(sites.X_PROJ_INPUT, v)
-
-    # Path A: what x_proj reads.
-    path_a = v if v.dtype == torch.int8 or u_scale is None else ops.quantize(v, u_scale)
     x_dbl = _linear(ops, path_a.transpose(1, 2), weights.x_proj, scales.x_proj_codes, scales.x_proj_output)
     hook(sites.X_PROJ_OUTPUT, x_dbl)
     rank, n = weights.dt_proj.weight.shape[1], weights.A.shape[1]
@@ -92,6 +80,7 @@ def block_forward(
     hook(sites.DT_PROJ_OUTPUT, dt)
 
     # Path B: u as the scan is handed it.
+    u_scale = scales.x_proj_input
     match mode.scan_u:
         case ScanU.INT8:
             u = path_a
@@ -159,6 +148,24 @@ def _conv_input(
                 hook(sites.IN_PROJ_OUTPUT, torch.cat([x, ops.dequantize(z, z_scale)], dim=-1))
             q, token_scale = ops.quantize_per_token(x.transpose(1, 2))
             return q, token_scale, z.transpose(1, 2)
+
+
+def _convolved(
+    weights: BlockWeights,
+    mode: Mode,
+    ops: Backend,
+    x: torch.Tensor,
+    x_scale: float | torch.Tensor | None,
+    state: ConvState | None,
+) -> tuple[torch.Tensor, torch.Tensor, ConvState]:
+    """The convolution's output v, path A, which is what x_proj reads, and the new state."""
+    operands = (x, weights.conv_weight, weights.conv_bias)
+    options: dict[str, Any] = {"x_scale": x_scale, "weight_scale": weights.conv_scale, "state": state}
+    u_scale = weights.scales.x_proj_input
+    if mode.conv_output is ConvOutput.FP32 and u_scale is not None:
+        return ops.causal_conv1d_both(*operands, out_scale=u_scale, **options)
+    v, after = ops.causal_conv1d(*operands, out_scale=u_scale, **options)
+    return v, v, after
 
 
 def _linear(

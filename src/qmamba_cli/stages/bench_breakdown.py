@@ -25,6 +25,7 @@ REST = "rest"
 _STAGES = {
     "rms_norm": "norm",
     "causal_conv1d": "conv",
+    "causal_conv1d_both": "conv",
     "selective_scan": "scan",
     "hadamard": "hadamard",
     "quantize": "quantize",

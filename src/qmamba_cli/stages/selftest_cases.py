@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -248,34 +249,32 @@ def _conv_cases(generator: torch.Generator) -> Iterator[Case]:
         "state_scale": torch.rand(b, w - 1, generator=generator) * 0.05 + 1e-3,
     }
 
-    def static(out_scale: float | None) -> Callable[[Backend, dict[str, torch.Tensor]], torch.Tensor]:
-        return lambda ops, t: ops.causal_conv1d(
-            t["x"],
-            t["weight"],
-            t["bias"],
-            x_scale=0.03,
-            weight_scale=t["scale"],
-            out_scale=out_scale,
-            state=ConvState(t["state"]),
-        )[0]
+    def conv(
+        *, dynamic: bool = False, out_scale: float | None = None, of_both: int | None = None
+    ) -> Callable[[Backend, dict[str, torch.Tensor]], torch.Tensor]:
+        def call(ops: Backend, t: dict[str, torch.Tensor]) -> torch.Tensor:
+            operator: Callable[..., Any] = ops.causal_conv1d if of_both is None else ops.causal_conv1d_both
+            outs: tuple[torch.Tensor, ...] = operator(
+                *(t["x"], t["weight"], t["bias"]),
+                x_scale=t["token_scale"] if dynamic else 0.03,
+                weight_scale=t["scale"],
+                out_scale=out_scale,
+                state=ConvState(t["state"], t["state_scale"] if dynamic else None),
+            )
+            return outs[of_both or 0]
 
-    def dynamic(ops: Backend, t: dict[str, torch.Tensor]) -> torch.Tensor:
-        return ops.causal_conv1d(
-            t["x"],
-            t["weight"],
-            t["bias"],
-            x_scale=t["token_scale"],
-            weight_scale=t["scale"],
-            state=ConvState(t["state"], t["state_scale"]),
-        )[0]
+        return call
 
-    for variant, exactness, budget, call, size in (
-        ("i8 to i8", Exactness.GRID, 1e-3, static(0.05), 2),
-        ("i8 to f32", Exactness.REAL, 20 * _EPS, static(None), 5),
-        ("i8 with a scale a token, to f32", Exactness.REAL, 20 * _EPS, dynamic, 5),
+    real, grid = (Exactness.REAL, 20 * _EPS), (Exactness.GRID, 1e-3)
+    for variant, (exactness, budget), call, size in (
+        ("i8 to i8", grid, conv(out_scale=0.05), 2),
+        ("i8 to f32", real, conv(), 5),
+        ("i8 with a scale a token, to f32", real, conv(dynamic=True), 5),
+        ("i8 to f32 and i8: the i8", grid, conv(out_scale=0.05, of_both=1), 6),
+        ("the same with a scale a token: the f32", real, conv(dynamic=True, out_scale=0.05, of_both=0), 6),
     ):
         yield Case(
-            operator="causal_conv1d",
+            operator="causal_conv1d_both" if size == 6 else "causal_conv1d",
             variant=variant,
             exactness=exactness,
             budget=budget,

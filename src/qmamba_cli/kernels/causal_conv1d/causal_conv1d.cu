@@ -143,11 +143,13 @@ __global__ void __launch_bounds__(THREADS, 8)
 
 // Steps t to end of a thread's channels. whole: all of them exist and are aligned in x and out, and the ring brings
 // all groups of steps.
-template <typename Out, int QUADS, bool EACH>
+template <bool BOTH, typename Out, int QUADS, bool EACH>
 __device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channels<QUADS, EACH>& own, Ring<QUADS>& ring,
-                                            Out* out, int c, int t, int end, bool whole) {
+                                            Out* out, i8* codes, int c, int t, int end, bool whole) {
   Out* to = out + static_cast<i64>(t) * x.d + c;
+  if (BOTH) codes += static_cast<i64>(t) * x.d + c;
   Raw<Out> fours[QUADS];
+  Raw<i8> also[QUADS];
   if (whole) {
     const u32 out_stride = x.d * sizeof(Out);
 #pragma unroll 1
@@ -158,39 +160,46 @@ __device__ __forceinline__ void walk_static(const Sequence<i8, true>& x, Channel
       for (u32 k = 0; k < GROUP; ++k) {
 #pragma unroll
         for (int i = 0; i < QUADS; ++i) own.windows[i].push(rows[k].word[i]);
-        own.template output<Out>(fours);
+        own.template output<BOTH>(fours, also);
         store_step(fours, rows_ahead(to, out_stride, k));
+        if (BOTH) store_step(also, rows_ahead(codes, x.d, k));
       }
       to = rows_ahead(to, out_stride, GROUP);
+      if (BOTH) codes = rows_ahead(codes, x.d, GROUP);
     }
   }
 #pragma unroll 1
   for (; t < end; ++t, to += x.d) {
 #pragma unroll
     for (int i = 0; i < QUADS; ++i) own.windows[i].push(load_four<false>(x, c + 4 * i, t, whole).bits);
-    own.template output<Out>(fours);
+    own.template output<BOTH>(fours, also);
 #pragma unroll
-    for (int i = 0; i < QUADS; ++i) store_four(fours[i], to + 4 * i, x.d - c - 4 * i, whole);
+    for (int i = 0; i < QUADS; ++i) {
+      store_four(fours[i], to + 4 * i, x.d - c - 4 * i, whole);
+      if (BOTH) store_four(also[i], codes + 4 * i, x.d - c - 4 * i, whole);
+    }
+    if (BOTH) codes += x.d;
   }
 }
 
 // The same, channels contiguous. x: (l, d) a sequence. span: steps a thread, a multiple of 4. load_vector,
-// store_vector: rows are aligned to 4 * QUADS elements, and less than 2^32 bytes apart.
-template <typename Out, int QUADS, bool EACH>
+// store_vector: rows are aligned to 4 * QUADS elements, and less than 2^32 bytes apart. BOTH: the float output, and its
+// int8 in `codes`.
+template <typename Out, int QUADS, bool EACH, bool BOTH = false>
 __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 5)
     causal_conv1d_static_channels(const i8* __restrict__ x, const i8* __restrict__ weight,
                                   const float* __restrict__ weight_scale, const float* __restrict__ bias,
                                   const i8* __restrict__ state, Out* __restrict__ out, i8* __restrict__ state_out,
                                   int d, int l, int w, i64 batch_stride, i64 stride, int span, int load_vector,
                                   int store_vector, float inv_scale, float x_scale,
-                                  const float* __restrict__ out_scale) {
+                                  const float* __restrict__ out_scale, i8* __restrict__ codes) {
   const int c = (blockIdx.x * blockDim.x + threadIdx.x) * (4 * QUADS);
   const i64 start = (static_cast<i64>(blockIdx.y) * blockDim.y + threadIdx.y) * span;
   if (c >= d || start >= l) return;
   const int t = static_cast<int>(start), end = min(start + span, static_cast<i64>(l));
   const auto seq = sequence<true>(x, batch_stride, stride, state, state_out, d, l, w);
   const bool whole = load_vector && store_vector && c + 4 * QUADS <= d;
-  Out* rows_out = out + static_cast<i64>(blockIdx.z) * l * d;
+  const i64 batch = static_cast<i64>(blockIdx.z) * l * d;
   __shared__ u32 staged[Ring<QUADS>::SLOTS * Ring<QUADS>::GROUP_BYTES / 4];
   Ring<QUADS> ring(staged, seq.at(c, t), static_cast<u32>(stride), whole ? (end - t) / GROUP : 0);
   ring.fill();
@@ -198,7 +207,7 @@ __global__ void __launch_bounds__(THREADS, QUADS == 1 ? 8 : 5)
   const bool aligned = w == 4 && bias != nullptr && aligned_to_four(weight) && aligned_to_four(weight_scale) &&
                        aligned_to_four(bias) && aligned_to_four(out_scale);
   own.load(seq, {weight, weight_scale, bias, out_scale, x_scale, inv_scale, aligned}, c, t, whole);
-  walk_static(seq, own, ring, rows_out, c, t, end, whole);
+  walk_static<BOTH>(seq, own, ring, out + batch, codes + batch, c, t, end, whole);
   if (end != l) return;
 #pragma unroll
   for (int i = 0; i < QUADS; ++i) own.windows[i].store_state(seq, c + 4 * i);
@@ -287,15 +296,16 @@ struct RealChannels {
   }
 };
 
-// The same, channels contiguous. span is a multiple of 4.
-template <typename In, typename Out>
+// The same, channels contiguous. span is a multiple of 4. BOTH: the float output, and its int8 in `codes`.
+template <typename In, typename Out, bool EACH = false, bool BOTH = false>
 __global__ void __launch_bounds__(THREADS, 4)
     causal_conv1d_real_channels(const In* __restrict__ x, const typename Taps<In>::type* __restrict__ weight,
                                 const float* __restrict__ weight_scale, const float* __restrict__ bias,
                                 const In* __restrict__ state, Out* __restrict__ out, In* __restrict__ state_out, int d,
                                 int l, int w, i64 batch_stride, i64 stride, int span, int load_vector,
-                                int store_vector, float, const float* __restrict__ scales,
-                                const float* __restrict__ scale_state, float* __restrict__ scales_out) {
+                                int store_vector, float inv_scale, const float* __restrict__ scales,
+                                const float* __restrict__ scale_state, float* __restrict__ scales_out,
+                                const float* __restrict__ out_scale, i8* __restrict__ codes) {
   const int c = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
   const i64 start = (static_cast<i64>(blockIdx.y) * blockDim.y + threadIdx.y) * span;
   if (c >= d || start >= l) return;
@@ -304,6 +314,8 @@ __global__ void __launch_bounds__(THREADS, 4)
   const auto seq = sequence<true>(x, batch_stride, stride, state, state_out, d, l, w);
   const TokenScales tokens = token_scales(scales, scale_state, l, w);
   const bool whole = load_vector && store_vector && c + 4 <= d;
+  InvScales<EACH> inv_scales = {};
+  if (BOTH) inv_scales.set(EACH ? four_or_else(out_scale, c, d, 1.0f) : Raw<float>{}, inv_scale, 1.0f);
   RealChannels<In> own = {};
   own.quad.load(weight_scale, bias, 1.0f, c, d);
 #pragma unroll
@@ -317,7 +329,9 @@ __global__ void __launch_bounds__(THREADS, 4)
 #pragma unroll
   for (int i = 0; i < HISTORY; ++i) own.push(i + 1, past[i], tokens.at(t - HISTORY + i));
 
-  Out* to = out + (static_cast<i64>(blockIdx.z) * l + t) * d + c;
+  const i64 first = (static_cast<i64>(blockIdx.z) * l + t) * d + c;
+  Out* to = out + first;
+  if (BOTH) codes += first;
   if (whole && t + GROUP <= end) {
     const u32 stride_bytes = static_cast<u32>(stride * sizeof(In)), out_stride = d * sizeof(Out);
     const In* from = seq.at(c, t);
@@ -332,15 +346,23 @@ __global__ void __launch_bounds__(THREADS, 4)
       for (u32 k = 0; k < GROUP; ++k) {
         own.push(k, rows[k], sizeof(In) == 1 ? tokens.scale[t + k] : 1.0f);
         if (more) rows[k].load(rows_ahead(from, stride_bytes, k));
-        own.template output<Out>(k).store(rows_ahead(to, out_stride, k));
+        const Raw<Out> four = own.template output<Out>(k);
+        four.store(rows_ahead(to, out_stride, k));
+        if constexpr (BOTH) codes_of(four, inv_scales).store(rows_ahead(codes, d, k));
       }
       to = rows_ahead(to, out_stride, GROUP);
+      if (BOTH) codes = rows_ahead(codes, d, GROUP);
     }
   }
 #pragma unroll 1
   for (; t < end; ++t, to += d) {
     const Raw<In> row = load_four<false>(seq, c, t, load_vector);
-    store_four(own.template shift<Out>(row, tokens.at(t)), to, d - c, whole);
+    const Raw<Out> four = own.template shift<Out>(row, tokens.at(t));
+    store_four(four, to, d - c, whole);
+    if constexpr (BOTH) {
+      store_four(codes_of(four, inv_scales), codes, d - c, whole);
+      codes += d;
+    }
   }
   if (end != l) return;
   Raw<In> last[HISTORY];

@@ -20,6 +20,8 @@ ENTRIES = (
     *(f"causal_conv1d_static<{out}>" for out in ("signed char", "float")),
     *(f"causal_conv1d_static_channels<signed char, {quads}, {each}>" for quads in (1, 2) for each in _BOOLS),
     "causal_conv1d_static_channels<float, 1, false>",
+    *(f"causal_conv1d_static_channels<float, 1, {each}, true>" for each in _BOOLS),
+    *(f"causal_conv1d_real_channels<signed char, float, {each}, true>" for each in _BOOLS),
     *(f"causal_conv1d_real{layout}<{pair}>" for layout in ("", "_channels") for pair in _REAL_PAIRS),
 )
 
@@ -160,6 +162,34 @@ def causal_conv1d(
     return quantize(v, out_scale), ConvState(last.values.to(x.dtype))
 
 
+def causal_conv1d_both(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    x_scale: float | torch.Tensor,
+    weight_scale: torch.Tensor,
+    out_scale: Scale,
+    state: ConvState | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, ConvState]:
+    """The float output and its int8 codes; see `reference.causal_conv1d_both`.
+
+    Where channels are contiguous both are written by one kernel; else v is quantized in a second pass.
+
+    Raises:
+        ShapeError: as `causal_conv1d`.
+    """
+    check_operands(x, weight, x_scale, weight_scale, state)
+    x, channels = _layout(require_cuda("x", x))
+    if not (channels and _fused(out_scale)):
+        v, last = convolve(x, weight, bias, x_scale, weight_scale, None, state)
+        return v, quantize(v, out_scale), last
+    b, d, l = x.shape
+    codes = torch.empty(b, l, d, dtype=torch.int8, device=x.device).transpose(1, 2)
+    v, last = convolve(x, weight, bias, x_scale, weight_scale, out_scale, state, codes=codes)
+    return v, codes, last
+
+
 def _fused(out_scale: Scale) -> bool:
     """Whether the kernels may round in their last fma; scales a channel are in these limits by contract."""
     if isinstance(out_scale, torch.Tensor):
@@ -178,8 +208,11 @@ def convolve(
     state: ConvState | None,
     *,
     config: LaunchConfig | None = None,
+    codes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ConvState]:
     """One launch for checked operands; benchmarks name the ``config`` themselves, which must fit x's layout.
+
+    With ``codes``, (b, d, l) int8 with dense channels as x has them, the output is float32 and they its int8.
 
     Raises:
         ShapeError: a tensor is on another device.
@@ -187,7 +220,8 @@ def convolve(
     device = require_cuda("x", x).device
     x, channels = _layout(x)
     (b, d, l), w = x.shape, weight.shape[1]
-    out_dtype = torch.int8 if out_scale is not None else torch.float32 if x.dtype == torch.int8 else x.dtype
+    real = torch.float32 if x.dtype == torch.int8 else x.dtype
+    out_dtype = real if out_scale is None or codes is not None else torch.int8
     per_token = x_scale if isinstance(x_scale, torch.Tensor) else None
     out, new_state = _outputs(x, channels, out_dtype, w, per_token is not None)
     if b == 0 or d == 0:
@@ -226,7 +260,13 @@ def convolve(
             _vector("state.scale", held, (b, w - 1), device),
             new_state.scale,
         ]
-    entry = _entry(x.dtype, out_dtype, channels, static, config.quads, of_channels is not None)
+        if channels:
+            args.append(_vector("out_scale", of_channels, (d,), device))
+    if channels:
+        args.append(codes)
+    entry = _entry(
+        x.dtype, out_dtype, channels, static, config.quads, of_channels is not None, codes is not None
+    )
     launch(SOURCE, entry, grid=config.grid, block=config.block, args=args, device=device)
     return out, new_state
 
@@ -243,12 +283,19 @@ def _outputs(
 
 
 def _entry(
-    dtype: torch.dtype, out_dtype: torch.dtype, channels: bool, static: bool, quads: int, each: bool
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    channels: bool,
+    static: bool,
+    quads: int,
+    each: bool,
+    both: bool,
 ) -> str:
     layout = "_channels" if channels else ""
+    also = f", {_BOOLS[each]}, true" if both else ""
     if not static:
-        return f"causal_conv1d_real{layout}<{_C_NAMES[dtype]}, {_C_NAMES[out_dtype]}>"
-    arguments = f", {quads}, {_BOOLS[each]}" if channels else ""
+        return f"causal_conv1d_real{layout}<{_C_NAMES[dtype]}, {_C_NAMES[out_dtype]}{also}>"
+    arguments = f", {quads}{also or f', {_BOOLS[each]}'}" if channels else ""
     return f"causal_conv1d_static{layout}<{_C_NAMES[out_dtype]}{arguments}>"
 
 

@@ -99,6 +99,49 @@ def causal_conv1d(
     return out, ConvState(last, None if scales is None else scales[:, l:].contiguous())
 
 
+def causal_conv1d_both(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    x_scale: float | torch.Tensor,
+    weight_scale: torch.Tensor,
+    out_scale: Scale,
+    state: ConvState | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, ConvState]:
+    """`causal_conv1d` of int8 inputs to v, and v on the int8 grid.
+
+    >>> x = torch.tensor([[[10, -20, 30]]], dtype=torch.int8)
+    >>> taps = torch.tensor([[0, 0, 1, 2]], dtype=torch.int8)
+    >>> scales = {"x_scale": 0.1, "weight_scale": torch.tensor([1.0]), "out_scale": 0.01}
+    >>> v, q, _ = causal_conv1d_both(x, taps, None, **scales)
+    >>> [round(value, 3) for value in v[0, 0].tolist()], q.tolist()
+    ([1.762, -0.142, 3.928], [[[127, -14, 127]]])
+
+    Args:
+        x: (b, d, l) int8; it and the rest as `causal_conv1d`.
+        weight: (d, w) int8.
+        bias: (d,) float32, or None.
+        x_scale: one number, or (b, l) float32.
+        weight_scale: (d,) float32.
+        out_scale: real units a step of the codes, one number or (d,) float32.
+        state: the state the call before returned, or None for zeros.
+
+    Returns:
+        v (b, d, l) float32, unclipped; its codes (b, d, l) int8, equal to ``quantize(v, out_scale)`` bit for
+        bit; and the new state.
+
+    Raises:
+        ShapeError: a shape or dtype is not as above.
+
+    Source: as `causal_conv1d`.
+    """
+    v, last = causal_conv1d(
+        x, weight, bias, x_scale=x_scale, weight_scale=weight_scale, out_scale=None, state=state
+    )
+    return v, quantize(v, out_scale), last
+
+
 def check_operands(
     x: torch.Tensor,
     weight: torch.Tensor,
