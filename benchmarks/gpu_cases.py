@@ -70,6 +70,13 @@ def cases() -> Iterator[GpuCase]:
             goal_ms=0.0172 if b == 1 else None,
             peer_ms=0.0260 if b == 1 else None,
         )
+        for per_token in (False, True):
+            yield GpuCase(
+                name=f"causal_conv1d i8{' by token' if per_token else ''} to f32 and i8, {shape}",
+                make=_conv_both(e, b, length, per_token=per_token),
+                bytes=6 * e * b * length,
+                floor_ms=0.0147 if b == 1 else None,
+            )
     for e, b, length, floor, goal, peer in SCAN_SHAPES:
         for order in ScanOrder:
             goals = (floor, goal, peer) if order is ScanOrder.CHUNKED else (None, None, None)
@@ -91,9 +98,10 @@ def cases() -> Iterator[GpuCase]:
             peer_ms=peer,
         )
     for rows, width, floor, goal, peer in (
+        (1024, 5120, 0.0037, None, None),
         (2048, 5120, 0.0074, 0.018, 0.0345),
         (8192, 5120, 0.0295, 0.050, 0.1126),
-        (8192, 1536, None, None, 0.0229),
+        (8192, 1536, 0.0088, None, 0.0229),
     ):
         for dtype, size in ((torch.float16, 2), (torch.float32, 4)):
             half = dtype is torch.float16
@@ -101,7 +109,7 @@ def cases() -> Iterator[GpuCase]:
                 name=f"hadamard {'f16' if half else 'f32'} to i8, {rows} x {width}",
                 make=_hadamard(rows, width, dtype),
                 bytes=(size + 1) * rows * width,
-                floor_ms=floor if half else None,
+                floor_ms=floor if half else round(floor * 5 / 3, 4),
                 goal_ms=goal if half else None,
                 peer_ms=peer if half else None,
             )
@@ -111,14 +119,26 @@ def _codes(*shape: int) -> torch.Tensor:
     return torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
 
 
+def _conv_operands(e: int, b: int, length: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """x, weight and bias of a convolution, and the scales of its taps."""
+    x = _codes(b, length, 2 * e).transpose(1, 2)[:, :e]
+    bias = torch.randn(e, device="cuda") * 0.1
+    return (x, _codes(e, 4), bias), torch.rand(e, device="cuda") * 0.002 + 1e-4
+
+
 def _conv(e: int, b: int, length: int, out_scale: float | None) -> Callable[[Backend], Callable[[], object]]:
     def make(ops: Backend) -> Callable[[], object]:
-        x = _codes(b, length, 2 * e).transpose(1, 2)[:, :e]
-        weight, scale = _codes(e, 4), torch.rand(e, device="cuda") * 0.002 + 1e-4
-        bias = torch.randn(e, device="cuda") * 0.1
-        return lambda: ops.causal_conv1d(
-            x, weight, bias, x_scale=0.03, weight_scale=scale, out_scale=out_scale
-        )
+        operands, scale = _conv_operands(e, b, length)
+        return lambda: ops.causal_conv1d(*operands, x_scale=0.03, weight_scale=scale, out_scale=out_scale)
+
+    return make
+
+
+def _conv_both(e: int, b: int, length: int, *, per_token: bool) -> Callable[[Backend], Callable[[], object]]:
+    def make(ops: Backend) -> Callable[[], object]:
+        operands, scale = _conv_operands(e, b, length)
+        x_scale = torch.rand(b, length, device="cuda") * 0.05 + 1e-3 if per_token else 0.03
+        return lambda: ops.causal_conv1d_both(*operands, x_scale=x_scale, weight_scale=scale, out_scale=0.05)
 
     return make
 
