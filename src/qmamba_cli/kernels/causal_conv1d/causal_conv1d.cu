@@ -36,6 +36,7 @@
 #include "numerics.cuh"
 #include "half.cuh"
 #include "causal_conv1d_silu.cuh"
+#include "overlap.cuh"
 #include "causal_conv1d.cuh"
 #include "causal_conv1d_channels.cuh"
 
@@ -306,6 +307,8 @@ __global__ void __launch_bounds__(THREADS, 4)
                                 int store_vector, float inv_scale, const float* __restrict__ scales,
                                 const float* __restrict__ scale_state, float* __restrict__ scales_out,
                                 const float* __restrict__ out_scale, i8* __restrict__ codes) {
+  release_dependents();
+  wait_for_producers();
   const int c = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
   const i64 start = (static_cast<i64>(blockIdx.y) * blockDim.y + threadIdx.y) * span;
   if (c >= d || start >= l) return;

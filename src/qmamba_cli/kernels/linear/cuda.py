@@ -4,7 +4,11 @@ import torch
 
 from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.linear import plan as plans
-from qmamba_cli.kernels.linear.float_cuda import ROW_TYPES, float_linear
+from qmamba_cli.kernels.linear.float_cuda import (
+    ROW_TYPES,
+    float_linear,
+    half_entry,
+)
 from qmamba_cli.kernels.linear.int8_cuda import Epilogue, int8_linear, skinny_entry
 from qmamba_cli.kernels.linear.interleaved import Weight
 from qmamba_cli.kernels.linear.operands import SOURCE as SOURCE
@@ -18,6 +22,12 @@ ENTRIES: tuple[str, ...] = (
         for packed in (False, True)
     ),
     *(f"linear_rows<{name}, {tokens}>" for name in ROW_TYPES.values() for tokens in plans.ROW_TOKENS),
+    *(
+        half_entry(name, tile)
+        for dtype, name in ROW_TYPES.items()
+        if dtype.is_floating_point
+        for tile in plans.HALF_TILES
+    ),
     "linear_bytes",
     "linear_epilogue",
     "expand_int4",
@@ -43,9 +53,7 @@ def linear(
     check_operands(x, weight, x_scale, weight_scale)
     check_residual(x, weight, residual, out_scale)
     if x_scale is None or weight_scale is None:
-        y = float_linear(x, weight, bias, weight_scale)
-        if residual is not None:
-            return residual + y
+        y = float_linear(x, weight, bias, weight_scale, residual)
         if out_scale is None:
             return y
         from qmamba_cli.kernels.quantize.cuda import quantize

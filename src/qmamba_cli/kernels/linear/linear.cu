@@ -1,4 +1,4 @@
-// Linear layers: exact int32 sums of int8 operands with a fused epilogue, and float32 tokens on int8 or 16-bit rows.
+// Linear layers: exact int32 sums of int8 operands with a fused epilogue, and float tokens on int8 or 16-bit rows.
 //
 //   acc[t, m] = sum_k x[t, k] * weight[m, k]                   int32, exact
 //   y[t, m]   = acc * (x_scale * weight_scale[m]) + bias[m]    float32, one rounding an operation
@@ -9,14 +9,17 @@
 //
 //   linear_skinny    few tokens, int8 or packed 4-bit weights, tensor cores     linear_mma.cuh
 //   linear_rows      few float32 tokens                                         linear_float.cuh
+//   linear_halves    one 16-bit token, 16-bit weights                           linear_half.cuh
 //   linear_bytes     few tokens, any k and any alignment: one warp a row, dp4a
 //   linear_epilogue  sums from elsewhere, in one or more parts, one thread an output
 //   expand_int4      a packed weight to int8, 32 columns a thread; expand_int4_bytes the same for any k and group
 //
 // Limits: k < 2^17, so that no int32 sum overflows. Source: ours.
 #include "numerics.cuh"
+#include "overlap.cuh"
 #include "linear_mma.cuh"
 #include "linear_float.cuh"
+#include "linear_half.cuh"
 
 // grid.x: rows / warps a block; grid.y: tokens / 8
 __global__ void linear_bytes(const signed char* __restrict__ x,       // (tokens, k), rows x_stride apart

@@ -22,6 +22,11 @@ _LEAST_WARPS = 4
 # Float tokens that one pass of `linear_rows` takes, and up to where passes beat a product on tensor cores.
 ROW_TOKENS = (1, 4)
 FEW_FLOAT_TOKENS = 1
+# Columns of one 16-byte piece of a 16-bit row; up to one piece a lane a warp takes several rows at once.
+HALF_COLUMNS = 8
+_SHORT_PIECES = 32
+# Warps of a block of `linear_halves`, and what a round costs beside a warp's row.
+_HALF_WARPS, _HALF_ROUND = range(8, 25), 4
 # Tokens that one tile of the head takes, their 16-bit parts made beforehand.
 MOST_FEW_TOKENS = 64
 
@@ -81,6 +86,28 @@ class TilePlan:
     registers: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class HalfPlan:
+    """How the product of one 16-bit token is cut.
+
+    Attributes:
+        rows: of the weight that a warp takes at once.
+        pieces: of 16 bytes that a lane reads of each before it adds them.
+        split: warps that share a row.
+        warps: of a block.
+        blocks: of the launch, at most one a multiprocessor where rows fill their warps.
+    """
+
+    rows: int
+    pieces: int
+    split: int
+    warps: int
+    blocks: int
+
+
+# Rows a warp, pieces a lane and warps a row of `linear_halves`: short rows, few rows, and all others.
+_HALF_SHORT, _HALF_FEW, _HALF_MANY = (4, 1, 1), (1, 3, 8), (1, 5, 1)
+HALF_TILES = (_HALF_SHORT, _HALF_FEW, _HALF_MANY)
 # Instances of the skinny kernel: (row tiles, token tiles), by the tokens they take.
 SKINNY_TILES = ((1, 1), (1, 2), (2, 4), (2, 8))
 # Tiles from large to small, with the least number of them a multiprocessor that keeps it busy: a large tile
@@ -194,6 +221,28 @@ def _few_tokens(tokens: int, rows: int) -> TilePlan:
     if rows > _MANY_ROWS:
         return _LEAST_MANY_ROWS if tokens <= 2 * _TILE_TOKENS else _FEW_MANY_ROWS
     return _FEW_NARROW if rows < _NARROW_ROWS else _FEW_FEW_ROWS
+
+
+@lru_cache(maxsize=256)
+def half_plan(rows: int, k: int, processors: int) -> HalfPlan:
+    """The cut of a product of one 16-bit token whose busiest multiprocessor has the least to read.
+
+    >>> half_plan(10240, 2560, 132)
+    HalfPlan(rows=1, pieces=5, split=1, warps=20, blocks=132)
+    >>> half_plan(192, 5120, 132)
+    HalfPlan(rows=1, pieces=3, split=8, warps=16, blocks=96)
+    """
+    if k <= HALF_COLUMNS * _SHORT_PIECES:
+        tile = _HALF_SHORT
+    else:
+        tile = _HALF_FEW if rows < _HALF_WARPS[0] * processors else _HALF_MANY
+    units = -(-rows // tile[0])
+
+    def cost(warps: int) -> int:
+        return -(-units * tile[2] // (warps * processors)) * (warps + _HALF_ROUND)
+
+    warps = min((count for count in _HALF_WARPS if count % tile[2] == 0), key=cost)
+    return HalfPlan(*tile, warps, min(processors, -(-units * tile[2] // warps)))
 
 
 @lru_cache(maxsize=256)

@@ -11,6 +11,8 @@ SOURCE = "rms_norm/rms_norm.cu"
 _WARP = 32
 _MAX_THREADS = 256
 _VECTOR = 4
+# Up to these rows, as in a decode step, the start of a launch takes as long as its work.
+_FEW_ROWS = 64
 _ALIGNMENT = 16
 
 _TYPES = {torch.float32: "float", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "signed char"}
@@ -112,13 +114,15 @@ def _normalize(
     added = None if more is None else torch.empty_like(x)
     if x.numel() == 0:
         return out, added
+    rows = x.numel() // d_model
     launch(
         SOURCE,
         f"rms_norm<{vector}, {_NO_DELTA if more is None else _TYPES[more.dtype]}, {_TYPES[dtype]}>",
-        grid=(x.numel() // d_model, 1, 1),
+        grid=(rows, 1, 1),
         block=(threads, 1, 1),
         args=(x, more, gain, added, out, np.int32(d_model), np.float32(eps), np.float32(inv_scale)),
         device=x.device,
+        overlap=rows <= _FEW_ROWS,
     )
     return out, added
 

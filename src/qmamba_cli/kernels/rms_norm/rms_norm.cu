@@ -17,6 +17,7 @@
 // Source   Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
 #include "numerics.cuh"
 #include "half.cuh"
+#include "overlap.cuh"
 
 constexpr int MAX_THREADS = 256;
 constexpr int WARP = 32;
@@ -113,6 +114,8 @@ __global__ void __launch_bounds__(MAX_THREADS)
              Out* __restrict__ out,               // (rows, d)
              int d, float eps,
              float inv_scale) {                   // steps a real unit; unused for float outputs
+  release_dependents();
+  wait_for_producers();
   const long long start = static_cast<long long>(blockIdx.x) * d;
   const auto* row = reinterpret_cast<const Vector<V, float>*>(residual + start);
   const auto* more = reinterpret_cast<const Vector<V, Delta>*>(delta + start);

@@ -26,6 +26,7 @@
 // Source: Gu and Dao, "Mamba" (2023), algorithm 2. The kernels are ours.
 #include "numerics.cuh"
 #include "half.cuh"
+#include "overlap.cuh"
 #include "selective_scan.cuh"
 #include "selective_scan_lanes.cuh"
 
@@ -185,6 +186,8 @@ __global__ void __launch_bounds__(WALK_THREADS, walk_blocks(S, LPC)) selective_s
 // l = 1. lanes_per_channel is a power of two up to 32; chunk_states has one chunk.
 template <typename In, typename U>
 __global__ void __launch_bounds__(128) selective_scan_step(SCAN_PARAMETERS) {
+  release_dependents();
+  wait_for_producers();
   const int batch = blockIdx.x / blocks_x;
   const int index = (blockIdx.x % blocks_x) * blockDim.x + threadIdx.x;
   const int q = threadIdx.x & (lanes_per_channel - 1), c_own = index / lanes_per_channel;
