@@ -11,7 +11,7 @@ from qmamba_cli.kernels.ragged import ragged
 from qmamba_cli.model.ahead import ExpandedAhead, needed
 from qmamba_cli.model.graphs import Recorder, Replayed
 from qmamba_cli.model.mamba import Mamba, ModelState
-from qmamba_cli.model.state import assign, clear, cleared_rows, float_state_model, joined, rows_of
+from qmamba_cli.model.state import assign, cleared_rows, float_state_model, joined, rows_of
 
 # Tokens of a part, all rows together: enough to fill a GPU, little enough for the memory of one.
 _PART_TOKENS = 16384
@@ -108,7 +108,7 @@ class Prefill:
         self._longest = longest or part_length(batch)
         self._state: ModelState | None = None
         self._hidden: torch.Tensor | None = None
-        self._parts: OrderedDict[int, _Part] = OrderedDict()
+        self._parts: OrderedDict[tuple[int, bool], _Part] = OrderedDict()
 
     @torch.inference_mode()
     def ragged(self, ids: torch.Tensor, lengths: Sequence[int]) -> Prefilled:
@@ -155,21 +155,23 @@ class Prefill:
         Args:
             ids: (b, l) int64, l >= 1, on any device.
         """
-        parts = torch.split_with_sizes(ids.to(self._model.backend.device), self._lengths(ids.shape[1]), dim=1)
+        parts = torch.split_with_sizes(ids, self._lengths(ids.shape[1]), dim=1)
         if self._recorder is None:
-            hidden, state = self._model.forward(parts[0], blocks=self._ahead)
+            hidden, state = self._forward(parts[0], None)
             for part in parts[1:]:
-                hidden, state = self._model.forward(part, state, blocks=self._ahead)
+                hidden, state = self._forward(part, state)
             return Prefilled(hidden[:, -1], state)
         if self._state is None:
             self._recorder.warm(self._allocate)
         assert self._state is not None and self._hidden is not None
-        clear(self._state)
-        for part in parts:
-            buffered = self._part(part.shape[1])
+        for i, part in enumerate(parts):
+            buffered = self._part(part.shape[1], begins=i == 0)
             buffered.ids.copy_(part)
             buffered.work()
         return Prefilled(self._hidden, self._state)
+
+    def _forward(self, ids: torch.Tensor, state: ModelState | None) -> tuple[torch.Tensor, ModelState]:
+        return self._model.forward(ids, state, blocks=self._ahead)
 
     def _lengths(self, length: int) -> list[int]:
         whole, rest = divmod(length, self._longest)
@@ -181,17 +183,18 @@ class Prefill:
         hidden, self._state = self._model.forward(ids)
         self._hidden = hidden[:, -1].clone()
 
-    def _part(self, length: int) -> _Part:
-        if length not in self._parts:
+    def _part(self, length: int, *, begins: bool) -> _Part:
+        key = (length, begins)
+        if key not in self._parts:
             ids = torch.zeros(self._batch, length, dtype=torch.int64, device=self._model.backend.device)
-            self._parts[length] = _Part(ids, Replayed(lambda: self._run(ids), self._recorder))
-        self._parts.move_to_end(length)
+            self._parts[key] = _Part(ids, Replayed(lambda: self._run(ids, begins=begins), self._recorder))
+        self._parts.move_to_end(key)
         while len(self._parts) > _MOST_RECORDINGS:
             self._parts.popitem(last=False)
-        return self._parts[length]
+        return self._parts[key]
 
-    def _run(self, ids: torch.Tensor) -> None:
+    def _run(self, ids: torch.Tensor, *, begins: bool) -> None:
         assert self._state is not None and self._hidden is not None
-        hidden, state = self._model.forward(ids, self._state, blocks=self._ahead)
+        hidden, state = self._forward(ids, None if begins else self._state)
         assign(self._state, state)
         self._hidden.copy_(hidden[:, -1])
