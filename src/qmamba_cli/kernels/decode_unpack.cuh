@@ -2,7 +2,8 @@
 #ifndef QM_DECODE_UNPACK_CUH
 #define QM_DECODE_UNPACK_CUH
 
-constexpr int UNPACK_THREADS = 256;
+// Small blocks: they run beside those of a prompt's scan, in the registers that these leave.
+constexpr int UNPACK_THREADS = 128;
 
 // Four codes, one in the low nibble of each byte, times m <= 15, as int8. A code is (nibble ^ 8) - 8; nibble ^ 8 times
 // m stays within its byte, and so does 8 m, which is taken off byte by byte.

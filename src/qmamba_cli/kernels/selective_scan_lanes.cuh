@@ -251,10 +251,18 @@ __device__ __forceinline__ void run_states(float (&sums)[SEGMENT], const float (
   }
 }
 
+// Of the 168 registers that a thread could have, 160: a multiprocessor then has room for the small blocks that expand
+// the next weights meanwhile. Compilers before CUDA 12.4 cannot say so.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 4)
+#define LANES_BOUNDS __maxnreg__(160)
+#else
+#define LANES_BOUNDS __launch_bounds__(LANES_THREADS + HELPERS, 1)
+#endif
+
 // Dynamic shared memory, cuda.py counts the same. Of all but (A, h) [channel][16], the raw B and C and the gates of an
 // int8 z there are two: B and C as floats, y, and dt, z, u.
 template <typename In, typename U, int LN>
-__global__ void __launch_bounds__(LANES_THREADS + HELPERS, 1) selective_scan_lanes(SCAN_PARAMETERS) {
+__global__ void LANES_BOUNDS selective_scan_lanes(SCAN_PARAMETERS) {
   constexpr int N = LANES_STATES, TILE = Tile<LN>::STEPS, PITCH = Tile<LN>::PITCH;
   constexpr int IN_SIZE = operand_size<LN, In>(), U_SIZE = operand_size<LN, U>();
   constexpr int STATES_SIZE = Tile<LN>::STATES_SIZE, Y_SIZE = Tile<LN>::Y_SIZE;

@@ -1,12 +1,14 @@
 """The blocks of a packed model on a GPU, each expanded while the one before it runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from qmamba_cli.kernels.linear.interleaved import Interleaved, Weight
 from qmamba_cli.kernels.linear.packed import PackedInt4
+from qmamba_cli.kernels.selective_scan.reference import ScanResult
 from qmamba_cli.model.mamba import Mamba
 from qmamba_cli.model.weights import BlockWeights, LinearWeights
 
@@ -17,9 +19,10 @@ _TURNS = 2
 class ExpandedAhead:
     """Block weights in order, packed matrices as int8 in two buffers that the blocks share.
 
-    Expanding moves bytes and the kernels of a block mostly compute, so a second stream hides one behind the
-    other. A pass over the blocks launches on the current stream and joins the second stream to it, so that
-    both can be recorded; passes must not overlap.
+    Expanding moves bytes, and the scan, which mostly computes, leaves room for it on every multiprocessor: a
+    second stream expands the next block's matrices beside it. The model that runs them takes `backend`, whose
+    scan begins that. A pass over the blocks launches on the current stream and joins the second stream to it,
+    so that both can be recorded; passes must not overlap.
 
     Args:
         model: on a GPU; `needed` says whether any of its matrices is to be expanded.
@@ -36,26 +39,48 @@ class ExpandedAhead:
         self._buffers = [
             [torch.empty(size, dtype=torch.int8, device=self._device) for size in wide] for _ in range(_TURNS)
         ]
+        self._begin: Callable[[torch.cuda.Event], None] | None = None
+        self.backend = replace(model.backend, selective_scan=self._scan)
+
+    def _scan(self, *args: Any, **options: Any) -> ScanResult:
+        """The backend's scan, and beside it what the pass wants to begin."""
+        begin, self._begin = self._begin, None
+        before = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        before.record(torch.cuda.current_stream(self._device))
+        result = self._model.backend.selective_scan(*args, **options)
+        # Launched behind the scan, whose thread blocks go first.
+        if begin is not None:
+            begin(before)
+        return result
 
     def __iter__(self) -> Iterator[BlockWeights]:
         """The blocks' weights; each is valid until the next but one is asked for."""
         blocks = self._model.weights.blocks
         current = torch.cuda.current_stream(self._device)
-        ahead, ready = self._expand(blocks[0], 0, current)
+        expanded: list[tuple[BlockWeights, torch.cuda.Event]] = []
+
+        def begin(before: torch.cuda.Event) -> None:
+            turn = len(expanded)
+            expanded.append(self._expand(blocks[turn], turn % _TURNS, before))
+
         for layer in range(len(blocks)):
-            weights = ahead
+            if len(expanded) == layer:
+                # The first one, and one that no scan has begun.
+                before = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                before.record(current)
+                begin(before)
+            weights, ready = expanded[layer]
             current.wait_event(ready)
-            if layer + 1 < len(blocks):
-                ahead, ready = self._expand(blocks[layer + 1], (layer + 1) % _TURNS, current)
+            self._begin = begin if layer + 1 < len(blocks) else None
             yield weights
 
     def _expand(
-        self, block: BlockWeights, turn: int, current: torch.cuda.Stream
+        self, block: BlockWeights, turn: int, before: torch.cuda.Event
     ) -> tuple[BlockWeights, torch.cuda.Event]:
+        """Expand a block into the buffers of its turn, which only what is before ``before`` has used."""
         from qmamba_cli.kernels.linear.operands import expand
 
-        # What was launched so far has used this buffer before.
-        self._side.wait_stream(current)
+        self._side.wait_event(before)
 
         def rows(linear: LinearWeights, buffer: torch.Tensor) -> LinearWeights:
             weight = linear.weight

@@ -102,7 +102,10 @@ class Prefill:
         self, model: Mamba, batch: int, recorder: Recorder | None = None, longest: int | None = None
     ) -> None:
         self._model = float_state_model(model)
-        self._ahead = ExpandedAhead(self._model) if needed(self._model) else None
+        self._ahead: ExpandedAhead | None = None
+        if needed(self._model):
+            self._ahead = ExpandedAhead(self._model)
+            self._model = Mamba(self._model.weights, self._model.mode, self._ahead.backend)
         self._batch = batch
         self._recorder = recorder
         self._longest = longest or part_length(batch)

@@ -10,7 +10,7 @@ from qmamba_cli.kernels.decode.pack import PackedBlock, PackedMatrix
 from qmamba_cli.kernels.decode.steps import Step, launch_steps
 from qmamba_cli.kernels.decode.tensors import BLOCKS
 
-_THREADS = 256
+_THREADS = 128
 _TILE = 16
 
 
