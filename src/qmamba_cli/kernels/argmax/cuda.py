@@ -7,8 +7,10 @@ from qmamba_cli.kernels._launch import launch, require_cuda
 from qmamba_cli.kernels.argmax.reference import check
 
 SOURCE = "argmax/argmax.cu"
-ENTRIES: tuple[str, ...] = ("argmax",)
+_VECTOR = 4
+ENTRIES: tuple[str, ...] = ("argmax<1>", f"argmax<{_VECTOR}>")
 _THREADS = 1024
+_ALIGNMENT = 16
 
 
 def argmax(x: torch.Tensor) -> torch.Tensor:
@@ -23,10 +25,12 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     out = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
+    whole = all(count % _VECTOR == 0 for count in (rows.stride(0), rows.shape[1]))
+    vector = _VECTOR if whole and rows.data_ptr() % _ALIGNMENT == 0 else 1
     if out.numel():
         launch(
             SOURCE,
-            "argmax",
+            f"argmax<{vector}>",
             grid=(rows.shape[0], 1, 1),
             block=(_THREADS, 1, 1),
             args=(rows, out, np.int64(rows.stride(0)), np.int32(rows.shape[1])),
