@@ -109,7 +109,7 @@ def test_rows_that_do_not_fit_have_no_layout(width):
 
 @pytest.mark.parametrize("core", [12, 20, 28])
 def test_a_compiled_core_is_the_matrix(core):
-    order, *masks = cuda._core_arguments(core).split(", ")
+    order, *masks = cuda.core_arguments(core).split(", ")
     rows = [[-1.0 if int(mask.rstrip("u"), 16) >> j & 1 else 1.0 for j in range(core)] for mask in masks]
     assert int(order) == core
     assert_exact("core", torch.tensor(rows, dtype=torch.float64), core_matrix(core))

@@ -16,6 +16,7 @@ OPERATORS = {
     "causal_conv1d": "causal_conv1d.cuda",
     "decode": "decode.cuda",
     "decode_batch": "decode_batch.cuda",
+    "decode_ends": "decode_ends.cuda",
     "embedding": "embedding.cuda",
     "hadamard": "hadamard.cuda",
     "linear": "linear.cuda",

@@ -17,6 +17,7 @@ from qmamba_cli.kernels.decode_batch.tensors import (
     new_state,
 )
 from qmamba_cli.model import fused
+from qmamba_cli.model.ends import step_ends
 from qmamba_cli.model.mamba import Mamba, ModelState
 
 # One token through every block: (b, d_model) float32 residual and states, both updated in place.
@@ -27,13 +28,13 @@ class BatchedStepper:
     """A `decode.Stepper` of blocks whose state lies in the order of their kernels.
 
     Args:
-        model: embedding, final norm and epsilon come from here.
+        model: embedding, final norm, head and epsilon come from here.
         states: one a layer.
         step: every block.
     """
 
     def __init__(self, model: Mamba, states: Sequence[BatchState], step: BatchStep) -> None:
-        self._model = model
+        self._ends = step_ends(model)
         self._states = states
         self._step = step
 
@@ -42,11 +43,18 @@ class BatchedStepper:
         for to, layer in zip(self._states, state, strict=True):
             load_state(to, DecodeState(*layer))
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Every block on one residual, then the final norm."""
-        residual = fused.embedded(self._model, tokens)
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Every block on one residual, then norm and head."""
+        return self._ends.logits(self._residual(tokens))
+
+    def choose(self, tokens: torch.Tensor, vocab_size: int | None) -> None:
+        """The same, and the largest."""
+        self._ends.choose(self._residual(tokens), tokens, vocab_size)
+
+    def _residual(self, tokens: torch.Tensor) -> torch.Tensor:
+        residual = self._ends.begin(tokens)
         self._step(residual, self._states)
-        return fused.normed(self._model, residual)
+        return residual
 
 
 def unsupported(model: Mamba, batch: int) -> str | None:

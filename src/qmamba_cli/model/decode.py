@@ -9,6 +9,7 @@ from qmamba_cli.errors import UsageError
 from qmamba_cli.model import batched, fused
 from qmamba_cli.model.block import BlockState
 from qmamba_cli.model.dense import dense_model
+from qmamba_cli.model.ends import most_likely
 from qmamba_cli.model.graphs import CudaGraphs, Recorder, Replayed
 from qmamba_cli.model.mamba import Mamba, ModelState
 from qmamba_cli.model.prefill import Prefill
@@ -18,15 +19,18 @@ from qmamba_cli.model.state import assign, on_grid
 class Stepper(Protocol):
     """One token a row through every layer, with the state in tensors of its own at fixed addresses.
 
-    This is where a fused decode step plugs in; `ModelStepper` takes the general path. Both methods may be
-    recorded after they have run once.
+    This is where a fused decode step plugs in; `ModelStepper` takes the general path. Every method may be
+    recorded after it has run once.
     """
 
     def load(self, state: ModelState) -> None:
         """Take over the state after a prompt, on the grid of the mode."""
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(b, 1) int64 token ids to (b, d_model), what lm_head reads; moves the state on."""
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """A step from (b, 1) int64 token ids to logits, (b, vocab_size) float32; moves the state on."""
+
+    def choose(self, tokens: torch.Tensor, vocab_size: int | None) -> None:
+        """A step that puts each row's most likely token below ``vocab_size`` in the place of its own."""
 
 
 class ModelStepper:
@@ -47,8 +51,15 @@ class ModelStepper:
         else:
             assign(self._state, state)
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """One call with l = 1."""
+        return self._model.logits(self._hidden(tokens))
+
+    def choose(self, tokens: torch.Tensor, vocab_size: int | None) -> None:
+        """The same, and the largest."""
+        most_likely(self._model, self.logits(tokens), tokens, vocab_size)
+
+    def _hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         assert self._state is not None
         if self._model.backend.device.type == "cpu":
             return self._model.forward(tokens, self._state, keep=self._keep)[0][:, -1]
@@ -173,7 +184,11 @@ class Decoder:
             hidden, self._prompt_state = self._prefill(ids)
         else:
             hidden, self._prompt_state = self._prefill.ragged(ids, lengths)
-        self._choose(hidden, self._sampled)
+        logits = self._model.logits(hidden)
+        if self._sampled:
+            self._sample(logits)
+        else:
+            most_likely(self._model, logits, self._tokens, self._vocab_size)
         return self._tokens.squeeze(1)
 
     @torch.inference_mode()
@@ -197,15 +212,13 @@ class Decoder:
         self._stepper.load(on_grid(self._model, self._prompt_state))
 
     def _step(self, *, sampled: bool) -> None:
-        self._choose(self._stepper.step(self._tokens), sampled)
-
-    def _choose(self, hidden: torch.Tensor, sampled: bool) -> None:
-        logits = self._model.logits(hidden)[:, : self._vocab_size].float()
         if sampled:
-            # One draw of each row's distribution: the race that exponential clocks of these rates run.
-            rates = torch.softmax(logits / self._temperature, dim=-1)
-            clocks = torch.empty_like(rates).exponential_(generator=self._generator)
-            tokens = self._model.backend.argmax(rates.div_(clocks))
+            self._sample(self._stepper.logits(self._tokens))
         else:
-            tokens = self._model.backend.argmax(logits)
-        self._tokens.copy_(tokens.unsqueeze(1))
+            self._stepper.choose(self._tokens, self._vocab_size)
+
+    def _sample(self, logits: torch.Tensor) -> None:
+        # One draw of each row's distribution: the race that exponential clocks of these rates run.
+        rates = torch.softmax(logits[:, : self._vocab_size].float() / self._temperature, dim=-1)
+        clocks = torch.empty_like(rates).exponential_(generator=self._generator)
+        most_likely(self._model, rates.div_(clocks), self._tokens, self._vocab_size)

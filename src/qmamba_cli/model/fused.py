@@ -18,6 +18,7 @@ from qmamba_cli.kernels.decode.tensors import (
 )
 from qmamba_cli.kernels.linear.interleaved import Interleaved
 from qmamba_cli.kernels.linear.packed import PackedInt4
+from qmamba_cli.model.ends import step_ends
 from qmamba_cli.model.mamba import Mamba, ModelState
 from qmamba_cli.model.state import assign
 from qmamba_cli.model.weights import BlockWeights, LinearWeights
@@ -33,12 +34,12 @@ class FusedStepper:
     """A `decode.Stepper` of fused blocks.
 
     Args:
-        model: embedding, final norm and epsilon come from here.
+        model: embedding, final norm, head and epsilon come from here.
         blocks: one a layer, as `cuda_blocks` makes them.
     """
 
     def __init__(self, model: Mamba, blocks: Sequence[FusedBlock]) -> None:
-        self._model = model
+        self._ends = step_ends(model)
         self._blocks = blocks
         self._state: ModelState | None = None
         self._in_place: Sequence[DecodeState] = ()
@@ -51,26 +52,19 @@ class FusedStepper:
         else:
             assign(self._state, state)
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Every block on one residual, then the final norm."""
-        residual = embedded(self._model, tokens)
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Every block on one residual, then norm and head."""
+        return self._ends.logits(self._residual(tokens))
+
+    def choose(self, tokens: torch.Tensor, vocab_size: int | None) -> None:
+        """The same, and the largest."""
+        self._ends.choose(self._residual(tokens), tokens, vocab_size)
+
+    def _residual(self, tokens: torch.Tensor) -> torch.Tensor:
+        residual = self._ends.begin(tokens)
         for block, state in zip(self._blocks, self._in_place, strict=True):
             block(residual, state)
-        return normed(self._model, residual)
-
-
-def embedded(model: Mamba, tokens: torch.Tensor) -> torch.Tensor:
-    """The residual of (b, 1) tokens, (b, d_model) float32, in the basis of the blocks."""
-    ends, ops = model.weights, model.backend
-    residual = ops.embedding(tokens.squeeze(1), ends.embedding, ends.embedding_scale)
-    return ops.hadamard(residual) if ends.rotate_ends else residual
-
-
-def normed(model: Mamba, residual: torch.Tensor) -> torch.Tensor:
-    """What lm_head reads, from the residual behind the last block."""
-    ends = model.weights
-    norm_f = None if ends.rotate_ends else ends.norm_f
-    return model.backend.rms_norm(residual, norm_f, eps=model.config.norm_eps)
+        return residual
 
 
 def unsupported(model: Mamba, batch: int) -> str | None:

@@ -163,7 +163,7 @@ def _launch_rows(
     matrix = None if config.compiled else _transposed_core(config.core, x.device)
     launch(
         SOURCE,
-        f"hadamard<{types}, {_core_arguments(config.core if config.compiled else 0)}>",
+        f"hadamard<{types}, {core_arguments(config.core if config.compiled else 0)}>",
         grid=(config.blocks, 1, 1),
         block=(config.threads, 1, 1),
         args=(x, out, np.int64(rows), *layout, *scales, np.int32(config.core), matrix),
@@ -361,7 +361,7 @@ def segment_stride(bits: int) -> int:
     return padded if bits > 8 else round_up(padded - 16, 32) + 16
 
 
-def _core_arguments(core: int) -> str:
+def core_arguments(core: int) -> str:
     """Template arguments of a core: its order, then its rows as bit masks of the entries that are -1."""
     if core not in _COMPILED_CORES:
         return str(core)
@@ -376,18 +376,18 @@ def _transposed_core(core: int, device: torch.device) -> torch.Tensor:
 
 
 def _stream_entry(core: int, bits: int) -> str:
-    return f"hadamard_stream<{bits}, {_core_arguments(core)}>"
+    return f"hadamard_stream<{bits}, {core_arguments(core)}>"
 
 
 def _tensor_entry(dtype: torch.dtype, core: int, bits: int) -> str:
     kernel = "hadamard_tensor" if dtype == torch.float16 else "hadamard_lanes"
-    return f"{kernel}<{bits}, {_core_arguments(core)}>"
+    return f"{kernel}<{bits}, {core_arguments(core)}>"
 
 
 def _entries() -> tuple[str, ...]:
     pairs = ("float, float", "F16, F16", "float, signed char")
     cores = (0, _SYLVESTER_CORE, *_COMPILED_CORES)
-    rows = [f"hadamard<{pair}, {_core_arguments(core)}>" for pair in pairs for core in cores]
+    rows = [f"hadamard<{pair}, {core_arguments(core)}>" for pair in pairs for core in cores]
     streams = [_stream_entry(*factors) for factors in _STREAMS]
     dtypes = (torch.float16, torch.float32)
     tensor = [_tensor_entry(dtype, *factors) for dtype in dtypes for factors in _TENSOR]
