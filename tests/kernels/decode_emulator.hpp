@@ -235,6 +235,7 @@ T load_fresh(const T* p) {
   return *p;
 }
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline int __float2int_rn(float x) { return static_cast<int>(std::lrint(std::fmin(std::fmax(x, -2147483648.0f), 2147483520.0f))); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 
 struct Operands { unsigned int top_0, low_0, top_1, low_1, b_0, b_1; };

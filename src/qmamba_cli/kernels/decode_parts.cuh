@@ -191,41 +191,42 @@ __device__ __forceinline__ void sylvester(float (&v)[SIZE]) {
   }
 }
 
-// Sixteen blocks of one vector: where a thread starts to turn, found before the wait for y.
-struct Sixteen {
-  int high, i;
-};
-__device__ __forceinline__ Sixteen sixteen_of(int item, int width) {
-  const int high = item / width;
-  return {high, item - high * width};
+// S_128 of a vector that lies four neighbours a lane, in place.
+__device__ __forceinline__ void sylvester_128(float (&v)[4]) {
+  sylvester<4>(v);
+#pragma unroll
+  for (int distance = 1; distance < WARP; distance *= 2) {
+    const float sign = (threadIdx.x & distance) ? -1.0f : 1.0f;
+    // The product is exact: a sum or a difference, rounded once.
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = fmaf(v[i], sign, __shfl_xor_sync(ALL_LANES, v[i], distance));
+  }
 }
 
-// S_128 over the blocks j of the vectors first ... first + width - 1 of one token, then the int8 grid:
-// y (128, hk) to codes (hk, 128). `scratch` holds 128 (width + 1) floats; `own` is sixteen_of(threadIdx.x, width).
-__device__ __forceinline__ void rotate_blocks(const float* y, signed char* codes, float* scratch, int hk, int first,
-                                              int width, float factor, Sixteen own) {
-  const int pitch = width + 1;
+// S_128 over the vectors first, first + step, ... below `end` of one token, then the int8 grid: y (hk, 128) to codes
+// (hk, 128). A warp a vector; AHEAD of them are read at a time.
+template <int AHEAD>
+__device__ __forceinline__ void rotate_vectors(const float* y, signed char* codes, int first, int step, int end,
+                                               float factor) {
+  const int lane = threadIdx.x % WARP;
 #pragma unroll 1
-  for (int item = threadIdx.x; item < 8 * width; item += blockDim.x) {
-    if (item != static_cast<int>(threadIdx.x)) own = sixteen_of(item, width);
-    const float* from = y + own.high * 16 * hk + first + own.i;
-    float v[16];
+  for (int base = first; base < end; base += AHEAD * step) {
+    float4 held[AHEAD];
 #pragma unroll
-    for (int j = 0; j < 16; j++) v[j] = load_fresh(from + j * hk);
-    sylvester<16>(v);
-    float* to = scratch + own.high * 16 * pitch + own.i;
+    for (int r = 0; r < AHEAD; r++) {
+      const int vector = base + r * step;
+      if (vector < end) held[r] = load_fresh(reinterpret_cast<const float4*>(y) + vector * (BLOCKS / 4) + lane);
+    }
 #pragma unroll
-    for (int j = 0; j < 16; j++) to[j * pitch] = v[j];
-  }
-  __syncthreads();
-  for (int item = threadIdx.x; item < 16 * width; item += blockDim.x) {
-    const int low = item % 16, i = item / 16;
-    float v[8];
-#pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = scratch[(j * 16 + low) * pitch + i];
-    sylvester<8>(v);
-#pragma unroll
-    for (int j = 0; j < 8; j++) codes[(first + i) * BLOCKS + j * 16 + low] = qm_round_saturate(v[j] * factor);
+    for (int r = 0; r < AHEAD; r++) {
+      const int vector = base + r * step;
+      if (vector >= end) break;
+      float v[4] = {held[r].x, held[r].y, held[r].z, held[r].w};
+      sylvester_128(v);
+      reinterpret_cast<unsigned int*>(codes)[vector * (BLOCKS / 4) + lane] =
+          pack_saturated(__float2int_rn(v[0] * factor), __float2int_rn(v[1] * factor),
+                         __float2int_rn(v[2] * factor), __float2int_rn(v[3] * factor));
+    }
   }
 }
 

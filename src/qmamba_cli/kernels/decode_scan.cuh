@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(SCAN_THREADS)
                 const unsigned long long* core,    // (hk,) rows of H_HK, bit k: entry k is -1
                 const float* u_gate,               // (tokens, 128, 2, hk)
                 void* state,                       // (tokens, d_inner, 16)
-                float* y,                          // (tokens, 128, hk) out
+                float* y,                          // (tokens, hk, 128) out
                 const float* x_absmax,             // (tokens, 128); dynamic conv input only
                 float* history_scale,              // (tokens, taps - 1) or null, moved on by one token
                 const int* before, int* mine, int* stale,  // counters; `stale` are cleared, a line apart
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(SCAN_THREADS)
     }
   }
   const float out = spread_sum<TOKENS>(turned, lane);
-  if (n < TOKENS && n < tokens) y[(n * BLOCKS + block) * hk + ch] = out;
+  if (n < TOKENS && n < tokens) y[(n * hk + ch) * BLOCKS + block] = out;
 
   // Every block of decode_conv has read the scales by now.
   if (history_scale != nullptr && block == 0) move_scales(x_absmax, history_scale, tokens, taps);

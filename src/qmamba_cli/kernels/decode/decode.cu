@@ -166,21 +166,19 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
 
 // Grid: x: groups of `width` channels a block, y: tokens; 128 threads.
 __global__ void __launch_bounds__(BLOCKS)
-    decode_rotate(const float* y,      // (tokens, 128, hk)
+    decode_rotate(const float* y,      // (tokens, hk, 128)
                   signed char* codes,  // (tokens, d_inner) out
                   const int* before, int* mine,  // counters
                   float factor,        // steps a unit of the sum
                   int hk, int width, int full, int late) {
-  extern __shared__ __align__(16) unsigned char shared[];
   const Turn turn{before, full, mine, late};
   STAMP(3, 0)
   announce(turn);
-  const int first = blockIdx.x * width, d_inner = hk * BLOCKS, here = min(width, hk - first);
-  const Sixteen own = sixteen_of(threadIdx.x, here);
+  const int first = blockIdx.x * width, d_inner = hk * BLOCKS;
   await_turn(turn);
   STAMP(3, 1)
-  rotate_blocks(y + blockIdx.y * d_inner, codes + blockIdx.y * d_inner, reinterpret_cast<float*>(shared), hk, first,
-                here, factor, own);
+  rotate_vectors<2>(y + blockIdx.y * d_inner, codes + blockIdx.y * d_inner, first + threadIdx.x / WARP,
+                    blockDim.x / WARP, min(first + width, hk), factor);
   STAMP(3, 2)
   hand_on(turn);
   STAMP(3, 3)
@@ -191,7 +189,7 @@ __global__ void __launch_bounds__(BLOCKS)
 // ROTATE: y is turned here, by every block; else `codes` holds the turned tokens.
 template <int BITS, bool ROTATE>
 __global__ void __launch_bounds__(OUT_THREADS, 2)
-    decode_out(const float* y,            // (tokens, 128, hk); ROTATE only
+    decode_out(const float* y,            // (tokens, hk, 128); ROTATE only
                const signed char* codes,  // (tokens, d_inner); not ROTATE
                const uint4* weight,       // (128, units, rows, 64 bytes)
                const uint4* multipliers,  // (128, tiles, units, 1 or 4, 16) bytes; null for W8
@@ -214,7 +212,6 @@ __global__ void __launch_bounds__(OUT_THREADS, 2)
   unsigned char* shared_multipliers = carver.take<unsigned char>(BITS == 4 ? multiplier_bytes : 0);
   signed char* shared_codes = carver.take<signed char>(tokens * stride);
   int* totals = carver.take<int>(tokens * rows);
-  float* scratch = carver.take<float>(ROTATE ? BLOCKS * (hk + 1) : 0);
 
   if constexpr (BITS == 4) {
     copy_block(shared_multipliers, reinterpret_cast<const char*>(multipliers) + blockIdx.x * multiplier_bytes,
@@ -234,15 +231,13 @@ __global__ void __launch_bounds__(OUT_THREADS, 2)
   const bool owns = own_token < tokens && own_column < d_model;
   const float own_scale = owns ? constants[blockIdx.x * 2 * rows + own_row] : 0.0f;
   const float own_bias = owns ? constants[(blockIdx.x * 2 + 1) * rows + own_row] : 0.0f;
-  const Sixteen own_sixteen = sixteen_of(threadIdx.x, hk);
 
   await_turn(turn);
   STAMP(4, 1)
   const float old = owns ? load_fresh(residual + own_token * d_model + own_column) : 0.0f;
   for (int token = 0; token < tokens; token++) {
     if constexpr (ROTATE) {
-      if (token > 0) __syncthreads();
-      rotate_blocks(y + token * d_inner, shared_codes + token * stride, scratch, hk, 0, hk, factor, own_sixteen);
+      rotate_vectors<3>(y + token * d_inner, shared_codes + token * stride, warp, splits, hk, factor);
     } else {
       copy_block(shared_codes + token * stride, codes + token * d_inner, d_inner);
     }

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.decode.pack import STATES, PackedBlock, PackedMatrix
-from qmamba_cli.kernels.decode.tensors import BLOCKS
 
 WARP = 32
 MAX_WARPS = 20
@@ -122,7 +121,7 @@ def make_plan(
         kernel="decode_out",
         need=-(-out.units // parts),
         unit=parts * out.rows * _UNIT_BYTES,
-        fixed=_out_bytes(packed, batch, rotate=rotate),
+        fixed=_out_bytes(packed, batch),
     )
     matrices = memory.multiprocessor - 2 * _RESERVED_BYTES - _small_bytes(packed, batch, rotate=rotate)
     in_room, out_room = _rooms(of_in, of_out, matrices, memory)
@@ -174,7 +173,7 @@ def _small_bytes(packed: PackedBlock, batch: int, *, rotate: bool) -> int:
     if packed.columns.dynamic_input:
         sizes.append(conv_bytes(packed, batch))
     if not rotate:
-        sizes.append(rotate_bytes(ROTATE_WIDTH))
+        sizes.append(0)  # decode_rotate's
     return sum(sizes) + len(sizes) * _RESERVED_BYTES
 
 
@@ -196,15 +195,10 @@ def scan_bytes(packed: PackedBlock, batch: int) -> int:
     return _sum(tokens * packed.dt_pieces * 16, tokens * 2 * STATES * 4, tokens * packed.hk * 4)
 
 
-def rotate_bytes(width: int) -> int:
-    """Dynamic shared memory of decode_rotate."""
-    return BLOCKS * (width + 1) * 4
-
-
 def out_bytes(packed: PackedBlock, batch: int, plan: DecodePlan) -> int:
     """Dynamic shared memory of decode_out."""
     weights = plan.out_warps * plan.out_room * packed.out_proj.rows * _UNIT_BYTES
-    return max(plan.out_least, weights + _out_bytes(packed, batch, rotate=plan.rotate_in_out))
+    return max(plan.out_least, weights + _out_bytes(packed, batch))
 
 
 def scan_tokens(batch: int) -> int:
@@ -227,12 +221,11 @@ def _in_bytes(packed: PackedBlock, batch: int) -> int:
     )
 
 
-def _out_bytes(packed: PackedBlock, batch: int, *, rotate: bool) -> int:
+def _out_bytes(packed: PackedBlock, batch: int) -> int:
     behind = _sum(
         _multiplier_bytes(packed.out_proj),
         batch * (packed.d_inner + _TOKEN_PADDING),
         batch * packed.out_proj.rows * 4,
-        rotate_bytes(packed.hk) if rotate else 0,
     )
     return max(behind, _OVERREAD)
 

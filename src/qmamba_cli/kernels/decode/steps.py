@@ -31,7 +31,7 @@ class DecodeScratch:
     Attributes:
         x_sums: (copies, b, x_rows) int32, zero between steps.
         u_gate: (b, 128, 2, hk) float32.
-        y: (b, 128, hk) float32.
+        y: (b, hk, 128) float32.
         codes: (b, d_inner) int8, or None where decode_out turns y itself.
         x: (b, 128, hk) float32, or None for a static conv input.
         x_absmax: (b, 128) float32, or None likewise.
@@ -90,7 +90,7 @@ def new_scratch(packed: PackedBlock, batch: int, plan: DecodePlan) -> DecodeScra
     return DecodeScratch(
         x_sums=torch.zeros(plan.copies, batch, packed.x_rows, dtype=torch.int32, device=device),
         u_gate=torch.empty(batch, BLOCKS, 2, hk, device=device),
-        y=torch.empty(batch, BLOCKS, hk, device=device),
+        y=torch.empty(batch, hk, BLOCKS, device=device),
         codes=None
         if plan.rotate_in_out
         else torch.empty(batch, packed.d_inner, dtype=torch.int8, device=device),
@@ -327,7 +327,7 @@ def _rotate_step(packed: PackedBlock, scratch: DecodeScratch, batch: int, turn: 
             *_floats(packed.rotation_factor),
             *_ints(packed.hk, ROTATE_WIDTH, turn.full, turn.late),
         ),
-        shared_bytes=planning.rotate_bytes(ROTATE_WIDTH),
+        shared_bytes=0,
     )
 
 
