@@ -180,6 +180,11 @@ T __shfl_xor_sync(unsigned int, T value, int mask) { return emulator::exchange(v
 template <typename T>
 T __shfl_sync(unsigned int, T value, int from) { return emulator::exchange(value, from); }
 
+inline unsigned int __reduce_max_sync(unsigned int, unsigned int value) {
+  for (int mask = 16; mask > 0; mask /= 2) value = std::max(value, __shfl_xor_sync(0u, value, mask));
+  return value;
+}
+
 template <typename T>
 T atomicAdd(T* at, T value) { const T before = *at; *at += value; return before; }
 template <typename T>
@@ -196,6 +201,8 @@ inline unsigned int __byte_perm(unsigned int a, unsigned int b, unsigned int sel
 }
 template <typename T>
 T min(T a, T b) { return a < b ? a : b; }
+template <typename T>
+T max(T a, T b) { return a < b ? b : a; }
 
 // In the place of decode_ptx.cuh.
 inline void release_dependents() {}
@@ -204,6 +211,15 @@ inline void count_block(int* counter) { ++*counter; }
 inline void wait_for_blocks(const int* counter, int full) {
   if (*counter != full) emulator::fail("a count of blocks that is not full");
   emulator::counted = true;
+}
+inline void tell(float* to, float value) { *to = value; }
+inline float4 wait_for_four(const float4* from, unsigned int untold) {
+  unsigned int seen[4];
+  std::memcpy(seen, from, sizeof seen);
+  for (unsigned int word : seen) {
+    if (word == untold) emulator::fail("blocks that run one after the other cannot meet");
+  }
+  return *from;
 }
 inline void copy16(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("an unaligned copy");

@@ -77,6 +77,8 @@ def one_step(name, mode, w_bits, batch, by_channel=False, **options):
     reference.decode_block(tensors, scales, columns, residual, state, norm_eps=EPSILON)
     assert_same_step(got, got_state, residual, state, before)
     assert not scratch.x_sums.any()
+    if chosen.meet:
+        assert scratch.x_absmax.view(torch.int32).eq(-1).all()
     return got, got_state
 
 
@@ -113,6 +115,18 @@ def test_plans_give_the_same_bits():
     for got, state in results[1:]:
         assert_exact("ssm", state.ssm, results[0][1].ssm)
         assert_exact("residual", got, results[0][0])
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("w_bits", [4, 8])
+@pytest.mark.parametrize("name", ["smallest", "odd", "2.8b", "widest"])
+def test_blocks_that_meet_give_the_bits_of_those_that_hand_on(name, w_bits, batch):
+    met, state = one_step(name, "3", w_bits, batch, meet=True)
+    handed_on, expected = one_step(name, "3", w_bits, batch, meet=False)
+    assert_exact("residual", met, handed_on)
+    assert_exact("ssm", state.ssm, expected.ssm)
+    assert_exact("conv", state.conv.values, expected.conv.values)
+    assert_exact("conv scale", state.conv.scale, expected.conv.scale)
 
 
 def chain(mode: str, w_bits: int, batch: int, layers: int):

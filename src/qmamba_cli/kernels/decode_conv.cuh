@@ -1,6 +1,39 @@
-// The decode kernel of a dynamic conv input; include decode_parts.cuh first.
+// The convolution of a dynamic conv input; include decode_parts.cuh first.
 #ifndef QM_DECODE_CONV_CUH
 #define QM_DECODE_CONV_CUH
+
+// Where a dynamic input is convolved: the history and constants of the block's channels, in decode_parts.cuh's order.
+struct DynamicConv {
+  const float* scales;  // (tokens, 4) of each token's taps, newest last
+  const int* taps;      // (hk,) packed
+  const float *scale, *bias;  // (hk,)
+  int count;            // of taps
+};
+
+// The scales of a token's taps, by one warp: `newest` and those of its history.
+__device__ __forceinline__ void store_scales(float* scales, float newest, float older, int taps) {
+  const int lane = threadIdx.x % WARP;
+  if (lane == 3) scales[3] = newest;
+  if (lane < taps - 1) scales[4 - taps + lane] = older;
+}
+
+// SiLU's argument of channel i from its newest input; moves the history on.
+__device__ __forceinline__ float convolved(const DynamicConv& conv, const History& past, signed char* history,
+                                           float value, int token, int i) {
+  const float* scale = conv.scales + token * 4;
+  const unsigned int code = static_cast<unsigned char>(qm_quantize(value, 1.0f / scale[3]));
+  const unsigned int word = word_of(past, conv.count) | code << 24;
+  store_history(history, word, conv.count);
+  float sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < 4; k++) {
+    if (k >= 4 - conv.count) {
+      const float tap = qm_i8_to_f32(static_cast<unsigned int>(conv.taps[i]) >> (8 * k));
+      sum += (qm_i8_to_f32(word >> (8 * k)) * scale[k]) * tap;
+    }
+  }
+  return sum * conv.scale[i] + conv.bias[i];
+}
 
 // Grid: 128 blocks of 256 threads.
 __global__ void __launch_bounds__(256)
@@ -41,35 +74,21 @@ __global__ void __launch_bounds__(256)
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   for (int token = warp; token < tokens; token += blockDim.x / WARP) {
     const float older = lane < taps - 1 ? load_fresh(history_scale + token * (taps - 1) + lane) : 0.0f;
-    const float newest = token_scale(x_absmax + token * BLOCKS);
-    if (lane == 3) scales[token * 4 + 3] = newest;
-    if (lane < taps - 1) scales[token * 4 + 4 - taps + lane] = older;
+    store_scales(scales + token * 4, token_scale(x_absmax + token * BLOCKS), older, taps);
   }
   wait_for_copies();
   __syncthreads();
-  const int* conv_taps = reinterpret_cast<const int*>(shared_constants + 4 * hk);
-  const float *conv_scale = shared_constants + 5 * hk, *conv_bias = conv_scale + hk;
-  const UGrid grid{conv_bias + hk, true_u};
+  const DynamicConv conv{scales, reinterpret_cast<const int*>(shared_constants + 4 * hk), shared_constants + 5 * hk,
+                         shared_constants + 6 * hk, taps};
+  const UGrid grid{shared_constants + 7 * hk, true_u};
   for (int item = threadIdx.x; item < tokens * hk; item += blockDim.x) {
     const int token = token_of(item, hk, tokens), i = item - token * hk;
-    const float* scale = scales + token * 4;
     signed char* at = history_of(token, i);
     if (item != static_cast<int>(threadIdx.x)) {
       value = load_fresh(x + (token * BLOCKS + blockIdx.x) * hk + i);
       past = fetch_history(at, taps);
     }
-    const unsigned int code = static_cast<unsigned char>(qm_quantize(value, 1.0f / scale[3]));
-    const unsigned int word = word_of(past, taps) | code << 24;
-    store_history(at, word, taps);
-    float sum = 0.0f;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      if (k >= 4 - taps) {
-        const float tap = qm_i8_to_f32(static_cast<unsigned int>(conv_taps[i]) >> (8 * k));
-        sum += (qm_i8_to_f32(word >> (8 * k)) * scale[k]) * tap;
-      }
-    }
-    hand_on_u(sum * conv_scale[i] + conv_bias[i], grid, u_codes, u_gate, token, i, hk);
+    hand_on_u(convolved(conv, past, at, value, token, i), grid, u_codes, u_gate, token, i, hk);
   }
   __syncthreads();
   int* copy = x_sums + static_cast<int>(blockIdx.x) % copies * (tokens * x_rows);

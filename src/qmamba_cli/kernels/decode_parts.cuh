@@ -165,15 +165,25 @@ __device__ __forceinline__ void hand_on_u(float a, const UGrid& grid, signed cha
   u_gate[(token * BLOCKS + blockIdx.x) * 2 * hk + i] = grid.true_u ? v : qm_dequantize(code, grid.scale[i]);
 }
 
-// The scale of a token's x from the 128 blocks' largest values, by one warp; the same in every lane.
-__device__ __forceinline__ float token_scale(const float* absmax) {
-  const float4 four = load_fresh(reinterpret_cast<const float4*>(absmax) + threadIdx.x % WARP);
+// The scale of a token's x from the 128 blocks' largest values, four a lane of one warp; the same in every lane.
+__device__ __forceinline__ float scale_of(const float4& four) {
   float largest = fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w));
 #pragma unroll
   for (int distance = WARP / 2; distance > 0; distance /= 2) {
     largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, distance));
   }
   return fmaxf(largest, 1e-5f) / 127.0f;
+}
+__device__ __forceinline__ float token_scale(const float* absmax) {
+  return scale_of(load_fresh(reinterpret_cast<const float4*>(absmax) + threadIdx.x % WARP));
+}
+
+// The same while the blocks still tell their values, this one's first: what was not told yet is `UNTOLD`, which no
+// float >= 0 is.
+constexpr unsigned int UNTOLD = 0xffffffffu;
+__device__ __forceinline__ float met_scale(float* absmax, float own) {
+  if (threadIdx.x % WARP == 0) tell(absmax + blockIdx.x, own);
+  return scale_of(wait_for_four(reinterpret_cast<const float4*>(absmax) + threadIdx.x % WARP, UNTOLD));
 }
 
 template <int SIZE>

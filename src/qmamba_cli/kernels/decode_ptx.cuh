@@ -43,6 +43,25 @@ __device__ __forceinline__ void wait_for_blocks(const int* counter, int full) {
   }
 }
 
+// A word that other blocks wait for, and four such words, waited for until none is `untold` any more. Words that never
+// come end the launch with an error after some seconds.
+__device__ __forceinline__ void tell(float* to, float value) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(value) : "memory");
+}
+__device__ __forceinline__ float4 wait_for_four(const float4* from, unsigned int untold) {
+  uint4 seen;
+  for (unsigned int tries = 0u;; tries++) {
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(seen.x), "=r"(seen.y), "=r"(seen.z), "=r"(seen.w)
+                 : "l"(from)
+                 : "memory");
+    if (seen.x != untold && seen.y != untold && seen.z != untold && seen.w != untold) break;
+    if (tries == 1u << 24) asm volatile("trap;");
+  }
+  return make_float4(__uint_as_float(seen.x), __uint_as_float(seen.y), __uint_as_float(seen.z),
+                     __uint_as_float(seen.w));
+}
+
 // 16 aligned bytes from global to shared memory.
 __device__ __forceinline__ void copy16(void* to, const void* from) {
   const unsigned int to_shared = static_cast<unsigned int>(__cvta_generic_to_shared(to));

@@ -6,13 +6,13 @@ import torch
 
 from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.decode.pack import PackedBlock
-from qmamba_cli.kernels.decode.plan import DecodePlan, SharedMemory, make_plan
+from qmamba_cli.kernels.decode.plan import DecodePlan, InputKind, SharedMemory, in_entry, make_plan
 from qmamba_cli.kernels.decode.steps import DecodeScratch, launch_steps, new_scratch, steps
-from qmamba_cli.kernels.decode.tensors import DecodeState
+from qmamba_cli.kernels.decode.tensors import BLOCKS, DecodeState
 
 SOURCE = "decode/decode.cu"
 ENTRIES: tuple[str, ...] = (
-    *(f"decode_in<{bits}, {dynamic}>" for bits in (4, 8) for dynamic in ("false", "true")),
+    *(in_entry(bits, kind) for bits in (4, 8) for kind in InputKind),
     "decode_conv",
     *(f"decode_scan<{tokens}>" for tokens in (1, 2, 4, 8)),
     "decode_rotate",
@@ -28,7 +28,9 @@ def make_scratch(packed: PackedBlock, batch: int, plan: DecodePlan | None = None
 
 def default_plan(packed: PackedBlock, batch: int) -> DecodePlan:
     """The plan of a block on the device where it lies."""
-    return make_plan(packed, batch, shared_memory(packed.device))
+    # Its blocks meet only where each has a multiprocessor to run on.
+    meet = packed.columns.dynamic_input and _launch.sm_count(packed.device) >= BLOCKS
+    return make_plan(packed, batch, shared_memory(packed.device), meet=meet)
 
 
 def decode_block(

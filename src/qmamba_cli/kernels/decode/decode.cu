@@ -2,7 +2,7 @@
 // several sequences), chained by programmatic dependent launch.
 //
 //   decode_in      RMSNorm -> int8, in_proj -> x, z; causal conv + SiLU -> u; x_proj, the part of these channels
-//   decode_conv    dynamic conv input only: the conv and x_proj half of decode_in, after the scale of x is known
+//   decode_conv    dynamic conv input, where decode_in's blocks cannot meet: its conv and x_proj half
 //   decode_scan    x_proj summed -> int8 dt_low, B, C; dt_proj; scan step; gate; the H_HK half of the Hadamard transform
 //   decode_rotate  several tokens only: the S_128 half -> int8
 //   decode_out     (one or two tokens: the S_128 half -> int8;) out_proj; residual +=
@@ -34,10 +34,13 @@
 // Two blocks a multiprocessor: decode_in's beside decode_out's of the layer before fits in its registers.
 constexpr int IN_THREADS = 640;
 constexpr int OUT_THREADS = 512;
+// What becomes of x in decode_in. STATIC: its scale is given. Else it is the token's, which takes all blocks: HANDED_ON
+// to decode_conv; or MET, the blocks wait for each other's largest values, for which all must run at the same time.
+constexpr int STATIC = 0, HANDED_ON = 1, MET = 2;
 
 // Grid: 128 blocks of tiles * splits warps at least, tiles = ceil(2 HK / 16): warp w multiplies the 16 rows of tile
 // w / splits with part w % splits of the columns.
-template <int BITS, bool DYNAMIC>
+template <int BITS, int INPUT>
 __global__ void __launch_bounds__(IN_THREADS, 2)
     decode_in(const float* residual,           // (tokens, d_model)
               const float* squares,            // (tokens, 128) of decode_out, or null
@@ -48,8 +51,9 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
               signed char* history,            // (tokens, d_inner, taps - 1)
               float* u_gate,                   // (tokens, 128, 2, hk) out
               int* x_sums,                     // (copies, tokens, x_rows), added to; static input only
-              float* x_out,                    // (tokens, 128, hk) out; dynamic input only
-              float* x_absmax,                 // (tokens, 128) out; dynamic input only
+              float* x_out,                    // (tokens, 128, hk) out; HANDED_ON only
+              float* x_absmax,                 // (tokens, 128) out; dynamic input only, for MET UNTOLD before
+              const float* history_scale,      // (tokens, taps - 1); MET only
               const int* before, int* mine,    // counters
               float eps, float inv_in_scale,   // of the norm's output
               float inv_xz_scale, float z_scale, int true_u, int tokens, int d_model,
@@ -66,20 +70,21 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
   Carver carver{shared};
   uint4* slots = carver.take<uint4>(tiles * splits * room * 64);
   unsigned char* shared_multipliers = carver.take<unsigned char>(BITS == 4 ? multiplier_bytes : 0);
-  unsigned int* shared_x_weight = carver.take<unsigned int>(DYNAMIC ? 0 : hk / 4 * x_rows);
+  unsigned int* shared_x_weight = carver.take<unsigned int>(INPUT == HANDED_ON ? 0 : hk / 4 * x_rows);
   float* shared_constants = carver.take<float>(IN_CONSTANTS * hk);
   signed char* codes = carver.take<signed char>(tokens * stride);
   int* totals = carver.take<int>(tokens * rows);
   signed char* u_codes = carver.take<signed char>(tokens * hk);
   float* partial = carver.take<float>(WARP);
   unsigned int* absmax = carver.take<unsigned int>(8);
+  float* scales = carver.take<float>(INPUT == MET ? 4 * tokens : 0);
 
   // Constants and weights, before anything of the kernels before is needed.
   if constexpr (BITS == 4) {
     copy_block(shared_multipliers, reinterpret_cast<const char*>(multipliers) + blockIdx.x * multiplier_bytes,
                multiplier_bytes);
   }
-  if constexpr (!DYNAMIC) {
+  if constexpr (INPUT != HANDED_ON) {
     copy_block(shared_x_weight, reinterpret_cast<const char*>(x_weight) + blockIdx.x * (hk * x_rows), hk * x_rows);
   }
   copy_block(shared_constants, reinterpret_cast<const char*>(constants) + blockIdx.x * (IN_CONSTANTS * 4 * hk),
@@ -107,7 +112,7 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
     return history + (static_cast<long long>(token) * d_inner + blockIdx.x + BLOCKS * i) * (taps - 1);
   };
   const int own_token = threadIdx.x / rows, own_row = threadIdx.x - own_token * rows;
-  const bool owns_history = !DYNAMIC && own_token < tokens && own_row < hk;
+  const bool owns_history = INPUT != HANDED_ON && own_token < tokens && own_row < hk;
   if (owns_history) prefetch_line(history_of(own_token, own_row));
   const NormShare share = norm_share(tokens, d_model);
   const float4* norm_row = reinterpret_cast<const float4*>(residual) + share.token * (d_model / 4);
@@ -132,15 +137,25 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
   const float* conv_bias = conv_scale + hk;
   const int* conv_taps = reinterpret_cast<const int*>(row_bias + rows);
   const UGrid grid{conv_bias + hk, true_u};
+  unsigned int largest = 0u;  // of floats >= 0, the order of their bits
   for (int item = threadIdx.x; item < tokens * rows; item += blockDim.x) {
     const int token = token_of(item, rows, tokens), row = item - token * rows;
     const float value = static_cast<float>(totals[item]) * row_scale[row] + row_bias[row];
     if (row >= hk) {
       const float z = qm_dequantize(qm_quantize(value, inv_xz_scale), z_scale);
       u_gate[(token * BLOCKS + blockIdx.x) * 2 * hk + row] = qm_silu(z);
-    } else if constexpr (DYNAMIC) {
-      x_out[(token * BLOCKS + blockIdx.x) * hk + row] = value;
-      atomicMax(absmax + token, qm_to_bits(fabsf(value)));  // of floats >= 0, the order of their bits
+    } else if constexpr (INPUT != STATIC) {
+      if constexpr (INPUT == MET) {
+        totals[item] = static_cast<int>(qm_to_bits(value));  // its own sum's place
+      } else {
+        x_out[(token * BLOCKS + blockIdx.x) * hk + row] = value;
+      }
+      const unsigned int size = qm_to_bits(fabsf(value));
+      if (tokens == 1) {
+        largest = max(largest, size);
+      } else {
+        atomicMax(absmax + token, size);
+      }
     } else {
       if (item != static_cast<int>(threadIdx.x)) past = fetch_history(history_of(token, row), taps);
       const unsigned int code = static_cast<unsigned char>(qm_quantize(value, inv_xz_scale));
@@ -150,9 +165,31 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
       hand_on_u(sum * conv_scale[row] + conv_bias[row], grid, u_codes, u_gate, token, row, hk);
     }
   }
+  if (INPUT != STATIC && tokens == 1) {
+    largest = __reduce_max_sync(ALL_LANES, largest);
+    if (threadIdx.x % WARP == 0) atomicMax(absmax, largest);
+  }
   __syncthreads();
+  if constexpr (INPUT == MET) {
+    const int lane = threadIdx.x % WARP;
+    for (int token = warp; token < tokens; token += blockDim.x / WARP) {
+      const float older = lane < taps - 1 ? load_fresh(history_scale + token * (taps - 1) + lane) : 0.0f;
+      const float newest = met_scale(x_absmax + token * BLOCKS, qm_from_bits(absmax[token]));
+      store_scales(scales + token * 4, newest, older, taps);
+    }
+    __syncthreads();
+    const DynamicConv conv{scales, conv_taps, conv_scale, conv_bias, taps};
+    for (int item = threadIdx.x; item < tokens * rows; item += blockDim.x) {
+      const int token = token_of(item, rows, tokens), i = item - token * rows;
+      if (i >= hk) continue;
+      if (item != static_cast<int>(threadIdx.x)) past = fetch_history(history_of(token, i), taps);
+      const float value = qm_from_bits(static_cast<unsigned int>(totals[item]));
+      hand_on_u(convolved(conv, past, history_of(token, i), value, token, i), grid, u_codes, u_gate, token, i, hk);
+    }
+    __syncthreads();
+  }
   STAMP(0, 5)
-  if constexpr (DYNAMIC) {
+  if constexpr (INPUT == HANDED_ON) {
     if (threadIdx.x < tokens) x_absmax[threadIdx.x * BLOCKS + blockIdx.x] = qm_from_bits(absmax[threadIdx.x]);
   } else {
     int* copy = x_sums + static_cast<int>(blockIdx.x) % copies * (tokens * x_rows);
@@ -197,6 +234,7 @@ __global__ void __launch_bounds__(OUT_THREADS, 2)
                float* residual,           // (tokens, d_model), added to
                float* squares,            // (tokens, 128) out: this block's share of the sum of squares; or null
                int* x_sums,               // cleared for the next layer
+               float* x_absmax,           // (tokens, 128) to be UNTOLD for the next layer, or null
                const int* before, int* mine,  // counters
                int sums, float factor, int tokens, int d_model, int hk, int rows, int units, int fine, int room,
                int slice, int full, int late) {
@@ -256,6 +294,9 @@ __global__ void __launch_bounds__(OUT_THREADS, 2)
     residual[own_token * d_model + own_column] = value;
   }
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < sums; i += BLOCKS * blockDim.x) x_sums[i] = 0;
+  if (x_absmax != nullptr && static_cast<int>(threadIdx.x) < tokens) {
+    x_absmax[threadIdx.x * BLOCKS + blockIdx.x] = qm_from_bits(UNTOLD);
+  }
   if (squares != nullptr) {
     float* of_rows = reinterpret_cast<float*>(totals);
     if (own_token < tokens) of_rows[threadIdx.x] = value * value;

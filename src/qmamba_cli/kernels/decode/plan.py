@@ -5,6 +5,7 @@ meanwhile, so the shared memory of decode_in, decode_scan and decode_out should 
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 from qmamba_cli.errors import ShapeError
@@ -40,6 +41,8 @@ class DecodePlan:
         out_room: as in_room.
         out_slice: as in_slice.
         rotate_in_out: every block of decode_out turns y itself; else decode_rotate does it once.
+        meet: thread blocks of decode_in wait for each other to find the scale of a token's x, for which all
+            must run at the same time; else decode_conv comes after them. False for a static conv input.
         copies: buffers among which the blocks' sums of x_proj are spread.
         in_least: bytes of shared memory that a block of decode_in asks for at least; more than half of a
             multiprocessor's keeps two of them apart. Measured slower; for experiments.
@@ -58,12 +61,33 @@ class DecodePlan:
     out_room: int
     out_slice: int
     rotate_in_out: bool
+    meet: bool = False
     copies: int = 1
     in_least: int = 0
     out_least: int = 0
     overlap: bool = True
     counted: bool = False
     shared_squares: bool = False
+
+
+class InputKind(IntEnum):
+    """What becomes of in_proj's x in decode_in, as decode.cu numbers it."""
+
+    STATIC = 0
+    HANDED_ON = 1
+    MET = 2
+
+
+def in_entry(bits: int, kind: InputKind) -> str:
+    """Name expression of an instance of decode_in."""
+    return f"decode_in<{bits}, {kind.value}>"
+
+
+def input_kind(packed: PackedBlock, plan: DecodePlan) -> InputKind:
+    """The instance of decode_in that a plan takes."""
+    if not packed.columns.dynamic_input:
+        return InputKind.STATIC
+    return InputKind.MET if plan.meet else InputKind.HANDED_ON
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +108,7 @@ def make_plan(
     in_slice: int = 0,
     out_slice: int = 0,
     max_rotated: int = 2,
+    meet: bool = False,
 ) -> DecodePlan:
     """A plan for one block and batch size.
 
@@ -96,6 +121,7 @@ def make_plan(
         in_slice: units a slice; 0 asks for everything at once where it fits, else for W8 units one by one.
         out_slice: units a slice; 0 asks for everything at once.
         max_rotated: the largest batch whose tokens every block of decode_out turns itself.
+        meet: as in the plan.
 
     Raises:
         ShapeError: a block does not fit in the device's shared memory.
@@ -115,7 +141,7 @@ def make_plan(
         kernel="decode_in",
         need=-(-matrix.units // in_splits),
         unit=tiles * in_splits * _TILE * _UNIT_BYTES,
-        fixed=_in_bytes(packed, batch),
+        fixed=_in_bytes(packed, batch, meet=meet),
     )
     of_out = _Weights(
         kernel="decode_out",
@@ -123,7 +149,8 @@ def make_plan(
         unit=parts * out.rows * _UNIT_BYTES,
         fixed=_out_bytes(packed, batch),
     )
-    matrices = memory.multiprocessor - 2 * _RESERVED_BYTES - _small_bytes(packed, batch, rotate=rotate)
+    between = _small_bytes(packed, batch, rotate=rotate, meet=meet)
+    matrices = memory.multiprocessor - 2 * _RESERVED_BYTES - between
     in_room, out_room = _rooms(of_in, of_out, matrices, memory)
     # The rest waits in the second-level cache, for which small messages should not queue.
     one_by_one = matrix.bits == 8 and in_room < of_in.need
@@ -136,6 +163,7 @@ def make_plan(
         out_room=out_room,
         out_slice=out_slice or out_room,
         rotate_in_out=rotate,
+        meet=meet,
         counted=packed.columns.dynamic_input and batch > 2 and packed.hk >= _COUNTED_FROM,
         shared_squares=batch > 2,
     )
@@ -167,10 +195,10 @@ def _rooms(of_in: _Weights, of_out: _Weights, matrices: int, memory: SharedMemor
     return in_room, out_room
 
 
-def _small_bytes(packed: PackedBlock, batch: int, *, rotate: bool) -> int:
+def _small_bytes(packed: PackedBlock, batch: int, *, rotate: bool, meet: bool) -> int:
     """Shared memory of the kernels between decode_in and decode_out."""
     sizes = [scan_bytes(packed, batch)]
-    if packed.columns.dynamic_input:
+    if packed.columns.dynamic_input and not meet:
         sizes.append(conv_bytes(packed, batch))
     if not rotate:
         sizes.append(0)  # decode_rotate's
@@ -181,7 +209,7 @@ def in_bytes(packed: PackedBlock, batch: int, plan: DecodePlan) -> int:
     """Dynamic shared memory of decode_in."""
     tiles = -(-packed.in_proj.rows // _TILE)
     weights = tiles * plan.in_splits * plan.in_room * _TILE * _UNIT_BYTES
-    return max(plan.in_least, weights + _in_bytes(packed, batch))
+    return max(plan.in_least, weights + _in_bytes(packed, batch, meet=plan.meet))
 
 
 def conv_bytes(packed: PackedBlock, batch: int) -> int:
@@ -206,9 +234,9 @@ def scan_tokens(batch: int) -> int:
     return 1 << (batch - 1).bit_length()
 
 
-def _in_bytes(packed: PackedBlock, batch: int) -> int:
+def _in_bytes(packed: PackedBlock, batch: int, *, meet: bool) -> int:
     matrix, hk = packed.in_proj, packed.hk
-    x_weight = 0 if packed.columns.dynamic_input else hk * packed.x_rows
+    x_weight = 0 if packed.columns.dynamic_input and not meet else hk * packed.x_rows
     return _sum(
         _multiplier_bytes(matrix),
         x_weight,
@@ -218,6 +246,7 @@ def _in_bytes(packed: PackedBlock, batch: int) -> int:
         batch * hk,
         WARP * 4,
         8 * 4,
+        batch * 16 if meet else 0,
     )
 
 

@@ -11,7 +11,7 @@ from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels._launch import Arg, launch
 from qmamba_cli.kernels.decode import plan as planning
 from qmamba_cli.kernels.decode.pack import STATES, PackedBlock, PackedMatrix
-from qmamba_cli.kernels.decode.plan import ROTATE_WIDTH, DecodePlan
+from qmamba_cli.kernels.decode.plan import ROTATE_WIDTH, DecodePlan, InputKind
 from qmamba_cli.kernels.decode.tensors import BLOCKS, DecodeState, Sizes, check_state
 from qmamba_cli.quant.grid import reciprocal
 
@@ -33,8 +33,9 @@ class DecodeScratch:
         u_gate: (b, 128, 2, hk) float32.
         y: (b, hk, 128) float32.
         codes: (b, d_inner) int8, or None where decode_out turns y itself.
-        x: (b, 128, hk) float32, or None for a static conv input.
-        x_absmax: (b, 128) float32, or None likewise.
+        x: (b, 128, hk) float32, or None but for decode_conv.
+        x_absmax: (b, 128) float32, or None for a static conv input; where thread blocks meet, the bits of -1
+            between steps.
         squares: (b, 128) float32, the blocks' shares of the residual's sum of squares, or None where every
             block of decode_in takes the whole sum.
         counters: (2, 5, 32) int32, blocks that have finished.
@@ -94,8 +95,10 @@ def new_scratch(packed: PackedBlock, batch: int, plan: DecodePlan) -> DecodeScra
         codes=None
         if plan.rotate_in_out
         else torch.empty(batch, packed.d_inner, dtype=torch.int8, device=device),
-        x=torch.empty(batch, BLOCKS, hk, device=device) if dynamic else None,
-        x_absmax=torch.empty(batch, BLOCKS, device=device) if dynamic else None,
+        x=torch.empty(batch, BLOCKS, hk, device=device) if dynamic and not plan.meet else None,
+        x_absmax=torch.full((batch, BLOCKS), -1, dtype=torch.int32, device=device).view(torch.float32)
+        if dynamic
+        else None,
         squares=torch.empty(batch, BLOCKS, device=device) if plan.shared_squares else None,
         counters=torch.zeros(_SETS, len(_COUNTERS), _COUNTER_STRIDE, dtype=torch.int32, device=device),
     )
@@ -124,8 +127,11 @@ def steps(
             f"decode: `scratch` is for another batch, plan or model, got sums {tuple(scratch.x_sums.shape)}, "
             f"expected {(plan.copies, batch, packed.x_rows)}"
         )
-    if packed.columns.dynamic_input != (scratch.x is not None):
+    if packed.columns.dynamic_input != (scratch.x_absmax is not None):
         raise ShapeError("decode: `scratch` is for another conv input")
+    handed_on = packed.columns.dynamic_input and not plan.meet
+    if handed_on != (scratch.x is not None):
+        raise ShapeError("decode: `scratch` is for another plan")
     if plan.rotate_in_out != (scratch.codes is None) or plan.shared_squares != (scratch.squares is not None):
         raise ShapeError("decode: `scratch` is for another plan")
     kernels = [name for name in _COUNTERS if name not in _left_out(packed, plan)]
@@ -153,7 +159,7 @@ class _Turn(NamedTuple):
 
 
 def _left_out(packed: PackedBlock, plan: DecodePlan) -> set[str]:
-    left_out = set() if packed.columns.dynamic_input else {"decode_conv"}
+    left_out = set() if planning.input_kind(packed, plan) is InputKind.HANDED_ON else {"decode_conv"}
     return left_out | ({"decode_rotate"} if plan.rotate_in_out else set())
 
 
@@ -198,9 +204,8 @@ def _in_step(
 ) -> Step:
     scales, matrix = packed.scales, packed.in_proj
     batch = residual.shape[0]
-    dynamic = packed.columns.dynamic_input
     return Step(
-        entry=f"decode_in<{matrix.bits}, {_bool(dynamic)}>",
+        entry=planning.in_entry(matrix.bits, planning.input_kind(packed, plan)),
         grid=(BLOCKS, 1, 1),
         threads=plan.in_warps * planning.WARP,
         args=(
@@ -215,6 +220,7 @@ def _in_step(
             scratch.x_sums,
             scratch.x,
             scratch.x_absmax,
+            state.conv.scale,
             turn.before,
             turn.mine,
             *_floats(
@@ -349,6 +355,7 @@ def _out_step(
             residual,
             scratch.squares,
             scratch.x_sums,
+            scratch.x_absmax if plan.meet else None,
             turn.before,
             turn.mine,
             *_ints(scratch.x_sums.numel()),
