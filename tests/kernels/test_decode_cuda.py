@@ -1,6 +1,7 @@
 """The fused decode step on a GPU, against the reference and against itself."""
 
 import dataclasses
+import gc
 
 import pytest
 import tolerances
@@ -204,6 +205,22 @@ def test_packed_weights_unpack_to_the_matrices(name, w_bits):
     unpack_block(packed, *got)
     for part, matrix, wanted in zip(("in_proj", "out_proj"), got, expected, strict=True):
         assert_exact(part, matrix, wanted)
+
+
+def test_blocks_meet_for_one_set_of_buffers_of_a_device():
+    packed = pack_block(
+        random_block(w_bits=4, seed=9, device="cuda", **SHAPES["smallest"]),
+        SCALES,
+        COLUMNS["3"],
+        norm_eps=EPSILON,
+    )
+    gc.collect()
+    plan, first = cuda.plan_beside_others(packed, 1)
+    assert plan.meet == cuda.default_plan(packed, 1).meet and first.x_absmax is not None
+    assert not cuda.plan_beside_others(packed, 2)[0].meet
+    del first
+    gc.collect()
+    assert cuda.plan_beside_others(packed, 2)[0].meet == plan.meet
 
 
 def test_a_sequence_does_not_depend_on_the_others():

@@ -97,13 +97,13 @@ def cuda_blocks(model: Mamba, batch: int) -> list[FusedBlock]:
     Raises:
         ShapeError: `unsupported` names a reason.
     """
-    from qmamba_cli.kernels.decode.cuda import decode_block, make_scratch
+    from qmamba_cli.kernels.decode.cuda import decode_block, plan_beside_others
 
     packed = packed_blocks(model)
-    scratch = make_scratch(packed[0], batch)
+    plan, scratch = plan_beside_others(packed[0], batch)
 
     def run(layer: int, residual: torch.Tensor, state: DecodeState) -> None:
-        decode_block(packed[layer], residual, state, scratch, layer=layer)
+        decode_block(packed[layer], residual, state, scratch, plan=plan, layer=layer)
 
     return [partial(run, layer) for layer in range(len(packed))]
 

@@ -1,6 +1,7 @@
 """The decode step on CUDA: three kernels a block, chained by programmatic dependent launch."""
 
 from functools import cache
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -19,6 +20,9 @@ ENTRIES: tuple[str, ...] = (
     *(f"decode_out<{bits}, {rotate}>" for bits in (4, 8) for rotate in ("false", "true")),
     *(f"decode_unpack<{bits}>" for bits in (4, 8)),
 )
+# Buffers whose kernels' thread blocks meet, one a device: of two such kernels side by side, each could hold
+# the multiprocessors that the other's blocks wait for.
+_meeting: WeakValueDictionary[torch.device, DecodeScratch] = WeakValueDictionary()
 
 
 def make_scratch(packed: PackedBlock, batch: int, plan: DecodePlan | None = None) -> DecodeScratch:
@@ -27,10 +31,25 @@ def make_scratch(packed: PackedBlock, batch: int, plan: DecodePlan | None = None
 
 
 def default_plan(packed: PackedBlock, batch: int) -> DecodePlan:
-    """The plan of a block on the device where it lies."""
+    """The plan of a block on the device where it lies, for one stream of the device at a time."""
     # Its blocks meet only where each has a multiprocessor to run on.
     meet = packed.columns.dynamic_input and _launch.sm_count(packed.device) >= BLOCKS
     return make_plan(packed, batch, shared_memory(packed.device), meet=meet)
+
+
+def plan_beside_others(packed: PackedBlock, batch: int) -> tuple[DecodePlan, DecodeScratch]:
+    """A plan and its buffers that may run while those of other calls do: blocks meet for one of them only.
+
+    A device's first call gets `default_plan`; the next ones, while its buffers are in use, the same bits
+    without blocks that meet.
+    """
+    plan = default_plan(packed, batch)
+    if plan.meet and packed.device in _meeting:
+        plan = make_plan(packed, batch, shared_memory(packed.device), meet=False)
+    scratch = make_scratch(packed, batch, plan)
+    if plan.meet:
+        _meeting[packed.device] = scratch
+    return plan, scratch
 
 
 def decode_block(

@@ -24,7 +24,7 @@ _COUNTER_STRIDE = 32
 _LANES = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class DecodeScratch:
     """What the kernels hand to each other; one for all blocks of a model, in one stream.
 
