@@ -70,6 +70,7 @@ class Emulator:
             text = files("qmamba_cli.kernels").joinpath(name).read_text()
             (folder / Path(name).name).write_text(text)
         (folder / "decode_ptx.cuh").write_text((HERE / "decode_emulator.hpp").read_text())
+        (folder / "overlap.cuh").write_text("")  # the emulator's header has both halves
         cases = "\n".join(
             f"    case {i}: return call({entry}, count, p, gx, gy, threads, bytes);"
             for i, entry in enumerate(entries)

@@ -1,23 +1,8 @@
-// The machine instructions of the decode kernels: copies behind a thread's back, tensor-core products, and the two
-// halves of programmatic dependent launch. Nothing else in those kernels is tied to one compiler, so that a test can
-// replace this file and run them on a CPU.
+// The machine instructions of the decode kernels: copies behind a thread's back, tensor-core products, words that
+// blocks wait for. Nothing else in those kernels but overlap.cuh is tied to one compiler, so that a test can replace
+// these two files and run them on a CPU.
 #ifndef QM_DECODE_PTX_CUH
 #define QM_DECODE_PTX_CUH
-
-// Lets the next kernel of the stream start while this one runs; it still waits in `wait_for_producers`.
-__device__ __forceinline__ void release_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Waits until every kernel before this one has finished and its writes are visible. Before it a kernel reads
-// constants only; what a kernel wrote may be read, and any buffer written, only after it.
-__device__ __forceinline__ void wait_for_producers() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // Time of a multiprocessor in cycles, and of the whole device in ns; for benchmarks.
 __device__ __forceinline__ long long cycles() { return clock64(); }

@@ -1,5 +1,5 @@
 // The two halves of programmatic dependent launch, for kernels that are launched with `overlap`. Without it, and before
-// compute capability 9.0, both do nothing. decode_ptx.cuh has the same two, which a test replaces.
+// compute capability 9.0, both do nothing.
 #ifndef QM_OVERLAP_CUH
 #define QM_OVERLAP_CUH
 

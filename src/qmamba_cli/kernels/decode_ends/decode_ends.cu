@@ -12,6 +12,7 @@
 #include "numerics.cuh"
 #include "half.cuh"
 #include "hadamard.cuh"
+#include "overlap.cuh"
 #include "decode_ptx.cuh"
 #include "decode_ends_way.cuh"
 
