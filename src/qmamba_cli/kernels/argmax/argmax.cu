@@ -2,32 +2,15 @@
 //
 //   out[r] = the smallest i with x[r, i] >= x[r, j] for all j; NaN counts as larger than any number
 //
-// Mapping  one block a row, threads along it, AHEAD vectors of V values on their way in each. A value and its index are
-//          one 64-bit key: the value's bits in an order of unsigned numbers, then the index upside down, so that the
-//          largest key is the first of the largest values whatever the order of comparing. V = 4 needs rows that start
-//          at multiples of 16 bytes and n % 4 == 0.
+// Mapping  one block a row, threads along it, AHEAD vectors of V values on their way in each, compared by argmax_key.cuh.
+//          V = 4 needs rows that start at multiples of 16 bytes and n % 4 == 0.
 // Limits   a row of less than 2^31 values, 1024 threads. Source: ours.
 #include "numerics.cuh"
+#include "argmax_key.cuh"
 
 constexpr int WARP = 32;
 constexpr int MAX_THREADS = 1024;
 constexpr int AHEAD = 7;
-constexpr unsigned int ALL_LANES = 0xffffffffu;
-
-__device__ __forceinline__ unsigned long long key_of(float x, int index) {
-  const unsigned int bits = qm_to_bits(x + 0.0f);  // one zero
-  const unsigned int ordered = x != x ? 0xffffffffu : (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
-  return static_cast<unsigned long long>(ordered) << 32 | (0xffffffffu - static_cast<unsigned int>(index));
-}
-
-__device__ __forceinline__ unsigned long long largest_of_warp(unsigned long long key) {
-#pragma unroll
-  for (int distance = WARP / 2; distance > 0; distance /= 2) {
-    const unsigned long long other = __shfl_xor_sync(ALL_LANES, key, distance);
-    key = other > key ? other : key;
-  }
-  return key;
-}
 
 template <int V>
 struct alignas(4 * V) Vector {
@@ -65,6 +48,6 @@ __global__ void __launch_bounds__(MAX_THREADS)
   __syncthreads();
   if (threadIdx.x < WARP) {
     best = largest_of_warp(threadIdx.x < blockDim.x / WARP ? of_warps[threadIdx.x] : 0ull);
-    if (threadIdx.x == 0) out[blockIdx.x] = 0xffffffffu - static_cast<unsigned int>(best);
+    if (threadIdx.x == 0) out[blockIdx.x] = index_of(best);
   }
 }

@@ -11,6 +11,7 @@
 // Source    ours.
 #include "numerics.cuh"
 #include "half.cuh"
+#include "argmax_key.cuh"
 #include "hadamard.cuh"
 #include "overlap.cuh"
 #include "decode_ptx.cuh"
@@ -88,21 +89,6 @@ __device__ __forceinline__ void four_weights(const unsigned int (&words)[4], int
   for (int i = 0; i < 4; i++) {
     w[i] = widen(T{static_cast<unsigned short>(words[piece * 2 + i / 2] >> (16 * (i % 2)))});
   }
-}
-
-// A value and its index, ordered as numbers: the largest is the first of the largest values.
-__device__ __forceinline__ unsigned long long key_of(float x, int index) {
-  const unsigned int bits = qm_to_bits(x + 0.0f);  // one zero
-  const unsigned int ordered = x != x ? 0xffffffffu : (bits & 0x80000000u) ? ~bits : bits | 0x80000000u;
-  return static_cast<unsigned long long>(ordered) << 32 | (0xffffffffu - static_cast<unsigned int>(index));
-}
-__device__ __forceinline__ unsigned long long largest_of_warp(unsigned long long key) {
-#pragma unroll
-  for (int distance = WARP / 2; distance > 0; distance /= 2) {
-    const unsigned long long other = __shfl_xor_sync(ALL_LANES, key, distance);
-    key = other > key ? other : key;
-  }
-  return key;
 }
 
 constexpr int HEAD_WARPS = 16;
@@ -242,7 +228,7 @@ __global__ void __launch_bounds__(HEAD_WARPS* WARP, 2)
     __threadfence();
     if (atomicAdd(found + 1, 1ull) == gridDim.x - 1) {
       __threadfence();
-      *token = 0xffffffffu - static_cast<unsigned int>(atomicExch(found, 0ull));
+      *token = index_of(atomicExch(found, 0ull));
       found[1] = 0ull;
     }
   }
