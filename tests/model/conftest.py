@@ -22,28 +22,26 @@ def demo(demo_tensors: dict[str, torch.Tensor]) -> Subject:
     )
 
 
-@pytest.fixture(scope="session")
-def small() -> Subject:
+def small_subject(*, by_channel: bool) -> Subject:
     config = small_config(d_model=48, proj_bias=True, tie_embeddings=False)
     return make_subject(
         config,
         random_checkpoint(config, seed=3),
         calibration=random_ids(64, 4, 140, seed=4),
         ids=random_ids(64, 2, 150, seed=5),
+        by_channel=by_channel,
     )
+
+
+@pytest.fixture(scope="session")
+def small() -> Subject:
+    return small_subject(by_channel=False)
 
 
 @pytest.fixture(scope="session")
 def by_channel() -> Subject:
     """Like `small`, with a scale for every channel of u."""
-    config = small_config(d_model=48, proj_bias=True, tie_embeddings=False)
-    return make_subject(
-        config,
-        random_checkpoint(config, seed=3),
-        calibration=random_ids(64, 4, 140, seed=4),
-        ids=random_ids(64, 2, 150, seed=5),
-        by_channel=True,
-    )
+    return small_subject(by_channel=True)
 
 
 @pytest.fixture(params=["small", "demo", "by_channel"])

@@ -45,12 +45,14 @@ class ExpandedAhead:
     def _scan(self, *args: Any, **options: Any) -> ScanResult:
         """The backend's scan, and beside it what the pass wants to begin."""
         begin, self._begin = self._begin, None
+        scan = self._model.backend.selective_scan
+        if begin is None:
+            return scan(*args, **options)
         before = torch.cuda.Event()  # type: ignore[no-untyped-call]
         before.record(torch.cuda.current_stream(self._device))
-        result = self._model.backend.selective_scan(*args, **options)
+        result = scan(*args, **options)
         # Launched behind the scan, whose thread blocks go first.
-        if begin is not None:
-            begin(before)
+        begin(before)
         return result
 
     def __iter__(self) -> Iterator[BlockWeights]:
