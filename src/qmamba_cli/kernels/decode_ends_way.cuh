@@ -40,17 +40,7 @@ __device__ __forceinline__ void turn_columns(const Way& way, int low, const Stor
   float v[N];
 #pragma unroll
   for (int j = 0; j < N; j++) v[j] = way.turned[(j << low) + column];
-#pragma unroll
-  for (int distance = 1; distance < H; distance *= 2) {
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-      if ((j & distance) == 0) {
-        const float a = v[j], b = v[j + distance];
-        v[j] = a + b;
-        v[j + distance] = a - b;
-      }
-    }
-  }
+  sylvester<N, 1, H>(v);
 #pragma unroll
   for (int h = 0; h < H; h++) {
     if constexpr (K == 1) {

@@ -70,12 +70,12 @@ __device__ __forceinline__ void butterfly(float (&v)[SIZE]) {
   }
 }
 
-// S_SIZE v, in place.
-template <int SIZE, int DISTANCE = 1>
+// S_SIZE v, in place, or S_END of each END neighbours.
+template <int SIZE, int DISTANCE = 1, int END = SIZE>
 __device__ __forceinline__ void sylvester(float (&v)[SIZE]) {
-  if constexpr (DISTANCE < SIZE) {
+  if constexpr (DISTANCE < END) {
     butterfly<SIZE, DISTANCE>(v);
-    sylvester<SIZE, 2 * DISTANCE>(v);
+    sylvester<SIZE, 2 * DISTANCE, END>(v);
   }
 }
 

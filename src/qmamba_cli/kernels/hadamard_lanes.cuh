@@ -85,12 +85,7 @@ struct SharedRow {
       copy_bytes(stage, from, BYTES, barrier);
     }
 #else
-    for (int at = (part * 32 + threadIdx.x % 32) * 16; at < BYTES; at += PARTS * 32 * 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(stage + at),
-                   "l"(static_cast<const char*>(from) + at)
-                   : "memory");
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copy_row<BYTES>(stage, from, part * 32 + threadIdx.x % 32, PARTS * 32);
 #endif
   }
 

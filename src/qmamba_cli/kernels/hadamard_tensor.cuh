@@ -65,6 +65,17 @@ __device__ __forceinline__ unsigned int four_bytes(float a, float b, float c, fl
                      __byte_perm(low_byte(c, factor), low_byte(d, factor), 0x0040), 0x5410);
 }
 
+// A thread's share of a row of 16-byte pieces, copied behind its back; before compute capability 9.0.
+template <int BYTES>
+__device__ __forceinline__ void copy_row(unsigned int stage, const void* from, int thread, int threads) {
+  for (int at = thread * 16; at < BYTES; at += threads * 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(stage + at),
+                 "l"(static_cast<const char*>(from) + at)
+                 : "memory");
+  }
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
 // A warp's next row on its way into shared memory.
 struct RowFetch {
   unsigned int stage, barrier;  // shared addresses
@@ -89,12 +100,7 @@ struct RowFetch {
     }
     __syncwarp();
 #else
-    for (int at = threadIdx.x % 32 * 16; at < BYTES; at += 32 * 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(stage + at),
-                   "l"(static_cast<const char*>(from) + at)
-                   : "memory");
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    copy_row<BYTES>(stage, from, threadIdx.x % 32, 32);
 #endif
   }
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from qmamba_cli.errors import ShapeError
-from qmamba_cli.kernels._launch import contiguous, launch, round_up, sm_count
+from qmamba_cli.kernels._launch import Arg, contiguous, launch, round_up, sm_count
 from qmamba_cli.kernels.hadamard import reference
 from qmamba_cli.kernels.hadamard.matrix import HadamardPlan, core_matrix, plan_for
 from qmamba_cli.quant.grid import reciprocal
@@ -129,13 +129,36 @@ def transform(
     rows = x.numel() // plan.order
     if config is None:
         _launch_small(x, out, types, plan.order.bit_length() - 1, factors)
-    elif config.stage_bytes and (config.core, config.bits) in _TENSOR:
-        _launch_tensor(x, out, rows, config, factors)
-    elif config.stage_bytes:
-        _launch_stream(x, out, rows, config, factors)
-    else:
-        _launch_rows(x, out, types, rows, config, factors)
+        return out
+    entry, layout = _instance(x, types, config, factors)
+    launch(
+        SOURCE,
+        entry,
+        grid=(config.blocks, 1, 1),
+        block=(config.threads, 1, 1),
+        args=(x, out, np.int64(rows), *layout),
+        device=x.device,
+        shared_bytes=config.shared_bytes,
+    )
     return out
+
+
+def _instance(
+    x: torch.Tensor, types: str, config: LaunchConfig, scales: tuple[np.float32, np.float32]
+) -> tuple[str, tuple[Arg, ...]]:
+    """The kernel of a layout, and its parameters after the number of rows."""
+    if not config.stage_bytes:
+        matrix = None if config.compiled else _transposed_core(config.core, x.device)
+        layout = (np.int32(config.tile_rows), np.int32(config.bits), np.int32(config.segment_stride))
+        entry = f"hadamard<{types}, {core_arguments(config.core if config.compiled else 0)}>"
+        return entry, (*layout, *scales, np.int32(config.core), matrix)
+    if (config.core, config.bits) in _TENSOR:
+        return _tensor_entry(x.dtype, config.core, config.bits), (np.float32(scales[0] * scales[1]),)
+    return _stream_entry(config.core, config.bits), (
+        np.int32(config.tile_rows),
+        np.int32(config.stage_bytes),
+        *scales,
+    )
 
 
 def _launch_small(
@@ -148,63 +171,6 @@ def _launch_small(
         block=(_THREADS, 1, 1),
         args=(x, out, np.int64(x.numel()), np.int32(bits), *scales),
         device=x.device,
-    )
-
-
-def _launch_rows(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    types: str,
-    rows: int,
-    config: LaunchConfig,
-    scales: tuple[np.float32, np.float32],
-) -> None:
-    layout = (np.int32(config.tile_rows), np.int32(config.bits), np.int32(config.segment_stride))
-    matrix = None if config.compiled else _transposed_core(config.core, x.device)
-    launch(
-        SOURCE,
-        f"hadamard<{types}, {core_arguments(config.core if config.compiled else 0)}>",
-        grid=(config.blocks, 1, 1),
-        block=(config.threads, 1, 1),
-        args=(x, out, np.int64(rows), *layout, *scales, np.int32(config.core), matrix),
-        device=x.device,
-        shared_bytes=config.shared_bytes,
-    )
-
-
-def _launch_stream(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    rows: int,
-    config: LaunchConfig,
-    scales: tuple[np.float32, np.float32],
-) -> None:
-    launch(
-        SOURCE,
-        _stream_entry(config.core, config.bits),
-        grid=(config.blocks, 1, 1),
-        block=(config.threads, 1, 1),
-        args=(x, out, np.int64(rows), np.int32(config.tile_rows), np.int32(config.stage_bytes), *scales),
-        device=x.device,
-        shared_bytes=config.shared_bytes,
-    )
-
-
-def _launch_tensor(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    rows: int,
-    config: LaunchConfig,
-    scales: tuple[np.float32, np.float32],
-) -> None:
-    launch(
-        SOURCE,
-        _tensor_entry(x.dtype, config.core, config.bits),
-        grid=(config.blocks, 1, 1),
-        block=(config.threads, 1, 1),
-        args=(x, out, np.int64(rows), np.float32(scales[0] * scales[1])),
-        device=x.device,
-        shared_bytes=config.shared_bytes,
     )
 
 
