@@ -21,13 +21,13 @@ SEED = 20250
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every", type=int, default=1, help="only each N-th of the tests that need a GPU")
+    parser.addoption("--part", default="1/1", help="K/N: of the tests that need a GPU, each N-th from the K-th on")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    every = config.getoption("--every")
-    if every > 1:
-        kept = [item for item in items if item.get_closest_marker("gpu")][::every]
+    part, parts = _part(config.getoption("--part"))
+    if parts > 1:
+        kept = [item for item in items if item.get_closest_marker("gpu")][part - 1 :: parts]
         config.hook.pytest_deselected(items=list(set(items) - set(kept)))
         items[:] = kept
     reason = _no_gpu()
@@ -35,6 +35,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _part(option: str) -> tuple[int, int]:
+    """K and N of the option `K/N`."""
+    part, _, parts = option.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise pytest.UsageError(f"--part must be K/N with 1 <= K <= N, got {option}")
+    return int(part), int(parts)
 
 
 def _no_gpu() -> str:

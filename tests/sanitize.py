@@ -8,7 +8,8 @@ torch's pool and run apart. A canary with a fault runs first: a tool that does n
 tests.
 
 Each run prints one line. The exit code is 0 if tests ran, all passed, and the tool reported nothing; the
-tool's own words are in FOLDER. Where time is short, `-- --every 4` takes each fourth of these tests.
+tool's own words are in FOLDER. Where time is short, `-- --part 1/4` takes each fourth of these tests, and
+`--part 2/4` to `--part 4/4` the others.
 """
 
 import argparse
