@@ -286,6 +286,8 @@ def _release() -> None:
     """Give memory back before the next model is made."""
     gc.collect()
     if torch.cuda.is_available():
+        # cuBLAS keeps its workspaces, which are not the next model's memory.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 
