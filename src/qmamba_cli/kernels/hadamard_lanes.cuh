@@ -46,7 +46,7 @@ struct SharedRow {
   unsigned int stage, barrier;  // shared addresses
   int slot, part;               // of the row in the block, of the warp in the row
 
-  // Before the first copy; all threads of the block meet after it.
+  // All threads of the block meet between this and the first copy.
   __device__ __forceinline__ void init() const {
 #if __CUDA_ARCH__ >= 900
     if (part == 0 && threadIdx.x % 32 == 0) {
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(32 * LANES_WARPS, 1)
   long long row = static_cast<long long>(blockIdx.x) * SLOTS + slot;
   const long long step = static_cast<long long>(gridDim.x) * SLOTS;
   staged.init();
-  if (row < rows) staged.template start<4 * ORDER>(x + row * ORDER);
   __syncthreads();
+  if (row < rows) staged.template start<4 * ORDER>(x + row * ORDER);
   const unsigned int from = staged.stage + 4 * ((g & 1) * 2 + t * 4 + (g >> 1) * 16);
   const int to = part * 128 + (g >> 2) * 64 + t * 16 + (g & 3) * 4;
   // Stage 1: the signs of two steps. Apart by what only `rows` tells: were some of them one value, it would be copied
