@@ -21,7 +21,7 @@ SEED = 20250
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", default="1/1", help="K/N: of the tests that need a GPU, each N-th from the K-th on")
+    parser.addoption("--part", default="1/1", help="K/N: of the GPU tests, each N-th from the K-th on")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
