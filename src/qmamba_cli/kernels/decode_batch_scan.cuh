@@ -66,29 +66,28 @@ struct States {
 };
 
 // One step of x_proj's sums (x_rows, width) to the grid: the first `rank` rows to dt_low (16 tokens, dt_stride bytes),
-// the next 32 as real B and C to bc (32, 16).
+// the next 32 as real B and C to bc (32, 16). `factor` lies in shared memory.
 __device__ __forceinline__ void requantize(const int* x_sums, const float* factor, signed char* dt_low, float* bc,
                                            float scale, float inv_scale, int width, int rank, int dt_stride) {
   constexpr int FOURS = SCAN_TOKENS / 4, ROUNDS = 2;
   const int items = (rank + 2 * STATES) * FOURS;
   for (int base = threadIdx.x; base < items; base += ROUNDS * SCAN_BLOCK) {
     int4 sums[ROUNDS];
-    float of_row[ROUNDS];
     // All that is under way before anything is waited for.
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
       const int item = min(base + r * SCAN_BLOCK, items - 1), row = item / FOURS;
       sums[r] = load_fresh(reinterpret_cast<const int4*>(x_sums + row * width + item % FOURS * 4));
-      of_row[r] = factor[row];
     }
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
       const int item = base + r * SCAN_BLOCK, row = item / FOURS, token = item % FOURS * 4;
       if (item >= items) break;
-      const signed char q[4] = {qm_quantize(static_cast<float>(sums[r].x) * of_row[r], inv_scale),
-                                qm_quantize(static_cast<float>(sums[r].y) * of_row[r], inv_scale),
-                                qm_quantize(static_cast<float>(sums[r].z) * of_row[r], inv_scale),
-                                qm_quantize(static_cast<float>(sums[r].w) * of_row[r], inv_scale)};
+      const float of_row = factor[row];
+      const signed char q[4] = {qm_quantize(static_cast<float>(sums[r].x) * of_row, inv_scale),
+                                qm_quantize(static_cast<float>(sums[r].y) * of_row, inv_scale),
+                                qm_quantize(static_cast<float>(sums[r].z) * of_row, inv_scale),
+                                qm_quantize(static_cast<float>(sums[r].w) * of_row, inv_scale)};
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         if (row < rank) {
@@ -101,12 +100,15 @@ __device__ __forceinline__ void requantize(const int* x_sums, const float* facto
   }
 }
 
-// H_HK over the channels of each of `width` blocks, in place in y (width, hk, 16 tokens): butterflies over the lowest
-// `levels` bits of the channel, then the core over the rest. `turned` is as large as y.
-__device__ __forceinline__ const float* turn_channels(float* y, float* turned, const unsigned long long* core,
-                                                      int width, int hk, int levels) {
+// H_HK over the channels of each of `width` blocks in y (width, hk, 16 tokens), whose pairs of neighbouring channels
+// are turned where there are levels: butterflies over the next of the lowest `levels` bits of the channel in place,
+// then the core, signs (order, order) of 1 and -1 by columns, over the rest. Values go to hand_on(block, channel,
+// value), of this thread's token.
+template <typename HandOn>
+__device__ __forceinline__ void turn_channels(float* y, const float* signs, int width, int hk, int levels,
+                                              HandOn hand_on) {
   const int token = threadIdx.x % SCAN_TOKENS, slot = threadIdx.x / SCAN_TOKENS;
-  for (int level = 0; level < levels; level++) {
+  for (int level = 1; level < levels; level++) {
     const int distance = 1 << level;
     for (int pair = slot; pair < width * hk / 2; pair += CHANNEL_SLOTS) {
       const int at = ((pair >> level << (level + 1)) + (pair & (distance - 1))) * SCAN_TOKENS + token;
@@ -117,27 +119,29 @@ __device__ __forceinline__ const float* turn_channels(float* y, float* turned, c
     __syncthreads();
   }
   const int order = hk >> levels, others = 1 << levels;
-  if (order == 1) return y;
-  // Two rows of the core a thread.
-  const int pairs = (order + 1) / 2;
-  for (int item = slot; item < width * others * pairs; item += CHANNEL_SLOTS) {
-    const int row = item % pairs * 2, column = item / pairs;
+  if (order == 1) {
+    for (int c = slot; c < width * hk; c += CHANNEL_SLOTS) hand_on(c / hk, c % hk, y[c * SCAN_TOKENS + token]);
+    return;
+  }
+  // Four rows of the core a thread.
+  const int fours = order / 4;
+  for (int item = slot; item < width * others * fours; item += CHANNEL_SLOTS) {
+    const int row = item % fours * 4, column = item / fours;
     const int block = column >> levels, low = column & (others - 1);
     const float* from = y + (block * hk + low) * SCAN_TOKENS + token;
-    const unsigned long long signs = core[row << levels], next_signs = core[min(row + 1, order - 1) << levels];
-    float sum = 0.0f, next_sum = 0.0f;
+    float sums[4] = {};
 #pragma unroll 4
     for (int k = 0; k < order; k++) {
-      const unsigned int value = qm_to_bits(from[(k << levels) * SCAN_TOKENS]);
-      sum += qm_from_bits(value ^ (static_cast<unsigned int>(signs >> (k << levels)) << 31));
-      next_sum += qm_from_bits(value ^ (static_cast<unsigned int>(next_signs >> (k << levels)) << 31));
+      const float value = from[(k << levels) * SCAN_TOKENS];
+      const float4 sign = *reinterpret_cast<const float4*>(signs + k * order + row);
+      sums[0] = fmaf(sign.x, value, sums[0]);
+      sums[1] = fmaf(sign.y, value, sums[1]);
+      sums[2] = fmaf(sign.z, value, sums[2]);
+      sums[3] = fmaf(sign.w, value, sums[3]);
     }
-    float* to = turned + (block * hk + (row << levels) + low) * SCAN_TOKENS + token;
-    to[0] = sum;
-    if (row + 1 < order) to[SCAN_TOKENS << levels] = next_sum;
+#pragma unroll
+    for (int r = 0; r < 4; r++) hand_on(block, ((row + r) << levels) + low, sums[r]);
   }
-  __syncthreads();
-  return turned;
 }
 
 // Grid: x: (128 / width) groups of blocks by `sixteens` of tokens, y: groups of `tokens`.
@@ -148,7 +152,7 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
                const uint4* dt_weight,          // (128 hk, dt_pieces) of 16 columns
                const uint4* A_log2e,            // (128 hk, 16) floats
                const float* constants,          // (3, 128 hk): dt_proj's factor, dt_bias, D
-               const unsigned long long* core,  // (hk,) rows of H_HK, bit k: entry k is -1
+               const uint4* core,               // (order, order) floats, columns of H_HK's core, or null
                const float* u,                  // (groups, 128 hk, tokens)
                const float* gate,               // likewise
                void* state,                     // (groups, 128 hk, tokens, 16)
@@ -172,12 +176,16 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
   float* shared_constants = carver.take<float>(3 * channels);
   signed char* dt_low = carver.take<signed char>(SCAN_TOKENS * dt_stride);
   float* bc = carver.take<float>(2 * STATES * SCAN_TOKENS);
-  float* delta = carver.take<float>(channels * SCAN_TOKENS);  // later y
-  float* turned = carver.take<float>(channels * SCAN_TOKENS);
+  float* delta = carver.take<float>(channels * SCAN_TOKENS);  // sums of dt_proj, later y
+  const int order = hk >> levels;
+  float* signs = carver.take<float>(order * order);
+  float* shared_factor = carver.take<float>(x_rows);
 
   copy_block(shared_dt, dt_weight + first * dt_pieces, channels * dt_bytes);
   copy_block(shared_A, A_log2e + first * (STATES / 4), channels * STATES * 4);
   for (int i = 0; i < 3; i++) copy_block(shared_constants + i * channels, constants + i * d_inner + first, channels * 4);
+  if (order > 1) copy_block(signs, core, order * order * 4);
+  copy_block(shared_factor, x_factor, x_rows * 4);
   commit_copies();
   for (int i = threadIdx.x; i < SCAN_TOKENS * dt_stride; i += SCAN_BLOCK) dt_low[i] = 0;
   for (int c = slot; c < channels; c += CHANNEL_SLOTS) {
@@ -186,6 +194,7 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
                     (at + (c - slot) * static_cast<long long>(tokens)) * (STATES * (INT8 ? 1 : 4)));
     }
   }
+  wait_for_copies();
   __syncthreads();
 
   STAMP(2, 1)
@@ -204,9 +213,8 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
   };
   fetch(slot, 0);
   fetch(slot + CHANNEL_SLOTS, 1);
-  requantize(x_sums + static_cast<int>(blockIdx.y) * x_rows * tokens + first_token, x_factor, dt_low, bc, bc_scale,
+  requantize(x_sums + static_cast<int>(blockIdx.y) * x_rows * tokens + first_token, shared_factor, dt_low, bc, bc_scale,
              inv_bc_scale, tokens, rank, dt_stride);
-  wait_for_copies();
   __syncthreads();
   STAMP(2, 3)
 
@@ -230,17 +238,13 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int c = row[half];
-      if (c >= channels) continue;
-      const float factor = shared_constants[c], bias = shared_constants[channels + c];
+      if (row[half] >= channels) continue;
+      float* to = delta + row[half] * SCAN_TOKENS + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 2; n++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const float dt = static_cast<float>(sums[n][half * 2 + i]) * factor;
-          delta[c * SCAN_TOKENS + n * TILE_TOKENS + lane % 4 * 2 + i] =
-              softplus(qm_dequantize(qm_quantize(dt, inv_dt_scale), dt_scale) + bias);
-        }
+        const int* pair = sums[n] + half * 2;
+        const float2 both = make_float2(static_cast<float>(pair[0]), static_cast<float>(pair[1]));
+        *reinterpret_cast<float2*>(to + n * TILE_TOKENS) = both;
       }
     }
   }
@@ -261,7 +265,10 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
     next_u[0] = next_u[1];
     next_gate[0] = next_gate[1];
     fetch(c + 2 * CHANNEL_SLOTS, 1);
-    const float delta_now = delta[c * SCAN_TOKENS + token], driven = delta_now * u_now;
+    const float dt = delta[c * SCAN_TOKENS + token] * shared_constants[c];
+    const float delta_now =
+        softplus(qm_dequantize(qm_quantize(dt, inv_dt_scale), dt_scale) + shared_constants[channels + c]);
+    const float driven = delta_now * u_now;
     const float4* a = reinterpret_cast<const float4*>(shared_A + c * STATES);
     float sum = 0.0f, sum_odd = 0.0f;
 #pragma unroll
@@ -280,17 +287,20 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
       now.put(i, inv_state_scale, h);
     }
     now.store(state, at + (c - slot) * tokens);
-    delta[c * SCAN_TOKENS + token] = ((sum + sum_odd) + shared_constants[2 * channels + c] * u_now) * gate_now;
+    float value = ((sum + sum_odd) + shared_constants[2 * channels + c] * u_now) * gate_now;
+    if (levels > 0) {
+      // The neighbouring channel is 16 lanes away.
+      const float other = __shfl_xor_sync(ALL_LANES, value, SCAN_TOKENS);
+      value = slot % 2 == 0 ? value + other : other - value;
+    }
+    delta[c * SCAN_TOKENS + token] = value;
   }
   __syncthreads();
   STAMP(2, 5)
 
-  const float* out = turn_channels(delta, turned, core, width, hk, levels);
-  for (int c = slot; c < channels; c += CHANNEL_SLOTS) {
-    const int block = c / hk, i = c - block * hk;
-    y[((static_cast<int>(blockIdx.y) * hk + i) * BLOCKS + first_block + block) * tokens + first_token + token] =
-        out[c * SCAN_TOKENS + token];
-  }
+  turn_channels(delta, signs, width, hk, levels, [&](int block, int i, float value) {
+    y[((static_cast<int>(blockIdx.y) * hk + i) * BLOCKS + first_block + block) * tokens + first_token + token] = value;
+  });
   STAMP(2, 6)
 }
 

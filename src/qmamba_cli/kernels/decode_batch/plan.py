@@ -228,7 +228,8 @@ def scan_bytes(packed: PackedBlock, plan: BatchPlan) -> int:
         SCAN_TOKENS * (dt_bytes + 16),
         2 * _STATES * SCAN_TOKENS * 4,
         channels * SCAN_TOKENS * 4,
-        channels * SCAN_TOKENS * 4,
+        (packed.hk >> core_levels(packed.d_inner)) ** 2 * 4,
+        packed.x_rows * 4,
     )
 
 

@@ -180,7 +180,7 @@ def _scan_step(block: BatchBlock, state: BatchState, scratch: BatchScratch, plan
             packed.dt_weight,
             packed.A_log2e,
             block.scan_constants,
-            packed.core,
+            block.core,
             scratch.u,
             scratch.gate,
             state.ssm,

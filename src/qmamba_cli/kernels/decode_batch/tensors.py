@@ -9,6 +9,7 @@ from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.kernels.decode.pack import STATES, PackedBlock
 from qmamba_cli.kernels.decode.tensors import BLOCKS, DecodeColumns, DecodeState
 from qmamba_cli.kernels.decode_batch.plan import BatchPlan
+from qmamba_cli.kernels.hadamard.matrix import core_matrix, plan_for
 
 _TAPS = 4
 
@@ -21,12 +22,14 @@ class BatchBlock:
         packed: the block.
         out_scale: (128 rows,) float32, real units a step of out_proj's sums.
         out_bias: (128 rows,) float32.
+        core: (order, order) float32, the columns of the core of H_hk.
         scan_constants: (3, d_inner) float32: real units a step of dt_proj's sums, dt_bias, D.
     """
 
     packed: PackedBlock
     out_scale: torch.Tensor
     out_bias: torch.Tensor
+    core: torch.Tensor
     scan_constants: torch.Tensor
 
 
@@ -83,6 +86,7 @@ def batch_block(packed: PackedBlock) -> BatchBlock:
         packed=packed,
         out_scale=packed.out_constants[:, 0].reshape(-1).contiguous(),
         out_bias=packed.out_constants[:, 1].reshape(-1).contiguous(),
+        core=core_matrix(plan_for(packed.d_inner).core).t().to(packed.device, torch.float32).contiguous(),
         scan_constants=packed.scan_constants.transpose(0, 1).reshape(3, -1).contiguous(),
     )
 
