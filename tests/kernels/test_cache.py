@@ -86,7 +86,7 @@ def test_a_special_target_s_machine_code_is_compiled_once(tmp_path, monkeypatch,
     # Below a file there is no folder, for root neither.
     (tmp_path / "file").touch()
     folder = tmp_path / ("cache" if writable else "file") / "deep"
-    found = [_cache._special(folder, source, entry) for _ in range(2)]
+    found = [_cache._special(folder, source, entry, "sm_90a") for _ in range(2)]
     assert [(path.read_bytes(), name) for path, name in found] == [(b"\x7fELF", "mangled")] * 2
     assert compiled == [(source, (entry,), "sm_90a")] * (1 if writable else 2)
     assert found[0][0].is_relative_to(folder) == writable

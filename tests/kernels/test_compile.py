@@ -4,6 +4,7 @@ import pytest
 
 from qmamba_cli.errors import DeviceError, UsageError
 from qmamba_cli.kernels import _compile
+from qmamba_cli.kernels._source import target_of
 
 try:
     _compile.require_nvrtc()
@@ -21,6 +22,13 @@ def test_every_instance_compiles(arch):
     for operator, (_, names) in _compile.entries(arch).items():
         assert compiled[operator].entries == len(set(names)) == len(names) > 0
         assert compiled[operator].bytes > 1000
+
+
+def test_targets_have_what_their_architecture_alone_has():
+    batch, other = "decode_batch/decode_batch.cu", "argmax/argmax.cu"
+    assert target_of(batch, "sm_90") == target_of("linear/linear_wide.cu", "sm_90") == "sm_90a"
+    assert target_of(batch, "sm_80") == "sm_80" and target_of(batch, "sm_120") == "sm_120"
+    assert target_of(other, "sm_90") == "sm_90"
 
 
 def test_an_unknown_architecture_is_refused():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qmamba_cli.kernels._compile import machine_code, require_nvrtc
-from qmamba_cli.kernels._source import COMPILE_OPTIONS, SPECIAL_TARGETS, kernel_source
+from qmamba_cli.kernels._source import COMPILE_OPTIONS, kernel_source, target_of
 from qmamba_cli.progress import Advance
 
 # Where CuPy keeps what it compiles, too.
@@ -33,8 +33,10 @@ def instance(source: str, entry: str) -> Any:
     """
     import cupy
 
-    if source in SPECIAL_TARGETS:
-        path, name = _special(_CUBINS, source, entry)
+    arch = f"sm_{cupy.cuda.Device().compute_capability}"
+    target = target_of(source, arch)
+    if target != arch:
+        path, name = _special(_CUBINS, source, entry, target)
         return cupy.RawModule(path=str(path)).get_function(name)
     module = cupy.RawModule(
         code=kernel_source(source), options=COMPILE_OPTIONS, name_expressions=(entry,), backend="nvrtc"
@@ -42,9 +44,8 @@ def instance(source: str, entry: str) -> Any:
     return module.get_function(entry)
 
 
-def _special(folder: Path, source: str, entry: str) -> tuple[Path, str]:
+def _special(folder: Path, source: str, entry: str, target: str) -> tuple[Path, str]:
     """An instance for a target that CuPy does not compile for: its cubin's path and its name in it."""
-    target = SPECIAL_TARGETS[source]
     version = ".".join(map(str, require_nvrtc().getVersion()))
     key = "\n".join((kernel_source(source), *COMPILE_OPTIONS, target, entry, version))
     stem = f"qmamba-{hashlib.sha256(key.encode()).hexdigest()}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qmamba_cli.errors import DeviceError, UsageError
-from qmamba_cli.kernels._source import COMPILE_OPTIONS, SPECIAL_TARGETS, kernel_source
+from qmamba_cli.kernels._source import COMPILE_OPTIONS, SPECIAL_TARGETS, kernel_source, target_of
 
 # Modules that have kernels; each lists its source and every instance it can launch.
 OPERATORS = {
@@ -68,7 +68,7 @@ def compile_all(arch: str) -> Iterator[Compiled]:
         raise UsageError(f"unknown architecture `{arch}`, expected one of {', '.join(ARCHITECTURES)}")
     for operator, (source, names) in entries(arch).items():
         started = time.perf_counter()
-        code, _ = machine_code(source, names, SPECIAL_TARGETS.get(source, arch))
+        code, _ = machine_code(source, names, target_of(source, arch))
         yield Compiled(
             operator=operator,
             arch=arch,

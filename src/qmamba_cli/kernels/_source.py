@@ -16,6 +16,14 @@ COMPILE_OPTIONS = ("--std=c++17", "--fmad=false")
 
 # Sources that use what one architecture alone has, with the target that NVRTC needs for it.
 SPECIAL_TARGETS = {"linear/linear_wide.cu": "sm_90a"}
+# Sources that run everywhere and use more where their target has it.
+BETTER_TARGETS = {"decode_batch/decode_batch.cu": "sm_90a"}
+
+
+def target_of(relative_path: str, arch: str) -> str:
+    """What NVRTC is to compile a kernel for, given the architecture of a GPU as in ``sm_90``."""
+    better = BETTER_TARGETS.get(relative_path, "")
+    return SPECIAL_TARGETS.get(relative_path) or (better if better.removesuffix("a") == arch else arch)
 
 
 @cache
