@@ -26,12 +26,15 @@
 
 struct uint2 { unsigned int x, y; };
 struct float2 { float x, y; };
+struct int2 { int x, y; };
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(16) uint4 { unsigned int x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct Index { int x = 0, y = 0, z = 0; };
 inline uint2 make_uint2(unsigned int x, unsigned int y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned int x, unsigned int y, unsigned int z, unsigned int w) { return {x, y, z, w}; }
 
@@ -52,6 +55,7 @@ struct Thread {
   long meetings = 0;          // of some warps
   int group = 0;              // of copies, the open one
   std::deque<Copy> copies;
+  std::vector<std::function<void()>> products;  // of groups of warps, that have begun
 };
 struct Warp { unsigned char slot[2][32][32]; };
 
@@ -137,6 +141,7 @@ inline bool run(Index grid, int block, int shared_bytes, std::function<void()> k
         t.barriers = t.exchanges = t.meetings = 0;
         t.group = 0;
         t.copies.clear();
+        t.products.clear();
         getcontext(&t.context);
         t.context.uc_stack.ss_sp = t.stack.data();
         t.context.uc_stack.ss_size = t.stack.size();
@@ -271,4 +276,29 @@ inline void multiply_i8(int (&sums)[4], unsigned int top_0, unsigned int low_0, 
       sums[i] = __dp4a(static_cast<int>(i < 2 ? a.top_1 : a.low_1), static_cast<int>(b.b_1), sums[i]);
     }
   }
+}
+
+// In the place of decode_wide_ptx.cuh: products read their operands at the wait for them, the last moment they may.
+inline void publish_writes() {}
+inline void begin_wide() {}
+inline void commit_wide() {}
+inline void wait_for_wide() {
+  for (const auto& product : emulator::current->products) product();
+  emulator::current->products.clear();
+}
+template <int ROWS>
+void multiply_wide(int (&sums)[ROWS / 2], const uint4* a, const uint4* b) {
+  const int warp = emulator::current->id / 32 % 4, lane = emulator::current->id % 32;
+  emulator::current->products.push_back([&sums, a, b, warp, lane] {
+    // Piece of a row of 64 bytes, among eight of them.
+    auto piece = [](const uint4* rows, int row, int at) {
+      return reinterpret_cast<const int*>(rows + row * 4 + (at ^ row / 2 % 4));
+    };
+    for (int i = 0; i < ROWS / 2; i++) {
+      const int token = 16 * warp + lane / 4 + i / 2 % 2 * 8, row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      for (int at = 0; at < 4; at++) {
+        for (int word = 0; word < 4; word++) sums[i] = __dp4a(piece(a, token, at)[word], piece(b, row, at)[word], sums[i]);
+      }
+    }
+  });
 }

@@ -23,6 +23,7 @@ COPIED = (
     "decode_scan.cuh",
     "decode_unpack.cuh",
     "decode_batch_product.cuh",
+    "decode_batch_wide.cuh",
     "decode_batch_scan.cuh",
     "decode_batch_conv.cuh",
     "decode/decode.cu",
@@ -58,10 +59,16 @@ class Emulator:
         folder: where they are compiled.
         entries: instances of the operator's kernels.
         source: its source file.
+        wide: as on a GPU that multiplies by groups of warps.
     """
 
     def __init__(
-        self, folder: Path, entries: tuple[str, ...] = cuda.ENTRIES, source: str = cuda.SOURCE
+        self,
+        folder: Path,
+        entries: tuple[str, ...] = cuda.ENTRIES,
+        source: str = cuda.SOURCE,
+        *,
+        wide: bool = False,
     ) -> None:
         compiler = shutil.which("g++")
         if compiler is None:
@@ -71,6 +78,7 @@ class Emulator:
             (folder / Path(name).name).write_text(text)
         (folder / "decode_ptx.cuh").write_text((HERE / "decode_emulator.hpp").read_text())
         (folder / "overlap.cuh").write_text("")  # the emulator's header has both halves
+        (folder / "decode_wide_ptx.cuh").write_text(f"#define QM_WIDE {int(wide)}\n")
         cases = "\n".join(
             f"    case {i}: return call({entry}, count, p, gx, gy, threads, bytes);"
             for i, entry in enumerate(entries)
@@ -84,9 +92,9 @@ class Emulator:
         self._run = ctypes.CDLL(str(library)).run
 
     @classmethod
-    def of_batch(cls, folder: Path) -> "Emulator":
+    def of_batch(cls, folder: Path, *, wide: bool) -> "Emulator":
         """The kernels for many sequences."""
-        return cls(folder, batch_cuda.ENTRIES, batch_cuda.SOURCE)
+        return cls(folder, batch_cuda.ENTRIES, batch_cuda.SOURCE, wide=wide)
 
     def run(self, steps: tuple[Step, ...]) -> None:
         for step in steps:

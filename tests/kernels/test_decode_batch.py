@@ -26,9 +26,9 @@ FLIPPED = 2e-2
 COLUMNS = {name: DecodeColumns.from_mode(MODES[name]) for name in ("0", "2-2", "2-4", "3")}
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    return Emulator.of_batch(tmp_path_factory.mktemp("decode_batch"))
+@pytest.fixture(scope="module", params=[False, True], ids=["warps", "groups of warps"])
+def emulator(request, tmp_path_factory):
+    return Emulator.of_batch(tmp_path_factory.mktemp("decode_batch"), wide=request.param)
 
 
 @pytest.fixture(scope="module")

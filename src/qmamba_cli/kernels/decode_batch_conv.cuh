@@ -3,16 +3,15 @@
 #ifndef QM_DECODE_BATCH_CONV_CUH
 #define QM_DECODE_BATCH_CONV_CUH
 
-constexpr int THREADS = 512;
 constexpr int TAPS = 4;
 
 __device__ __forceinline__ float fast_silu(float x) { return divide_approx(x, 1.0f + exp2_approx(-LOG2E * x)); }
 
-// u of channel i from the convolution's sum a: the scan's value is returned, the code goes to `codes` (tokens, hk).
-__device__ __forceinline__ float u_of(float a, const UGrid& grid, int i, signed char* code) {
+// u from the convolution's sum a: the scan's value is returned, the code goes to `code`. `inverse`: of u's scale.
+__device__ __forceinline__ float u_of(float a, float scale, float inverse, int true_u, signed char* code) {
   const float v = fast_silu(a);
-  *code = qm_quantize(v, __frcp_rn(grid.scale[i]));
-  return grid.true_u ? v : qm_dequantize(*code, grid.scale[i]);
+  *code = qm_quantize(v, inverse);
+  return true_u ? v : qm_dequantize(*code, scale);
 }
 
 // The codes of a block's channels, (tokens, hk), to their places for batch_x.
@@ -71,7 +70,7 @@ __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   const int* conv_taps = reinterpret_cast<const int*>(shared_constants + 4 * hk);
   const float *conv_scale = shared_constants + 5 * hk, *conv_bias = conv_scale + hk;
-  const UGrid grid{conv_bias + hk, true_u};
+  const float* u_scale = conv_bias + hk;
   const float* scale = scales + own * TAPS;
   const float inv_scale = 1.0f / scale[TAPS - 1];
 #pragma unroll 5
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(THREADS)
       const float tap = qm_i8_to_f32(static_cast<unsigned int>(conv_taps[i]) >> (8 * k));
       sum += (qm_i8_to_f32(word >> (8 * k)) * scale[k]) * tap;
     }
-    u[at] = u_of(sum * conv_scale[i] + conv_bias[i], grid, i, own_codes + own * hk + i);
+    u[at] = u_of(sum * conv_scale[i] + conv_bias[i], u_scale[i], __frcp_rn(u_scale[i]), true_u, own_codes + own * hk + i);
   }
   __syncthreads();
   hand_on_codes(own_codes, u_codes, tokens, hk);

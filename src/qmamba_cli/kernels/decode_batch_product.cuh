@@ -12,13 +12,18 @@
 #ifndef QM_DECODE_BATCH_PRODUCT_CUH
 #define QM_DECODE_BATCH_PRODUCT_CUH
 
+constexpr int THREADS = 512;
 constexpr int TILE_ROWS = 16;    // of a tensor-core product
 constexpr int TILE_TOKENS = 8;   // of one
 constexpr int WARP_TILES = 4;    // token tiles of a warp
+constexpr int WARP_TOKENS = WARP_TILES * TILE_TOKENS;
 constexpr int SIDE_TILES = 3;    // tiles of rows of a warp, at most
 constexpr int SIDES = 2;
 constexpr int ROW_PIECES = 4;    // of a unit
 constexpr int TILE_PIECES = TILE_ROWS * ROW_PIECES;
+
+// Spans of W4's weights of a part, unpacked.
+constexpr int CODE_SLOTS = 2;
 
 // Spans of tokens of a part on their way or in use; `room` is as large, or holds all.
 __device__ constexpr int token_slots(int shares) { return shares == 1 ? 3 : 4; }
@@ -27,6 +32,13 @@ __device__ constexpr int token_slots(int shares) { return shares == 1 ? 3 : 4; }
 __device__ __forceinline__ int place_of_column(int column) {
   return column % 32 / 8 * 16 + column / 32 * 8 + column % 8;
 }
+
+// Where piece `lane` of eight rows of 64 bytes lies: what 8 rows have of one column is in different banks.
+__device__ __forceinline__ int turned_place(int lane) { return lane ^ lane / 8 % 4; }
+
+// Ints from one row's sums to the next one's, and from one token's.
+__device__ constexpr int pitch_of_rows(int tokens) { return tokens + 4; }
+__device__ __forceinline__ int pitch_of_tokens(int tiles) { return tiles * TILE_ROWS + 8; }
 
 // Rows of in_proj's pack: tiles of 16 rows, each (units, rows, pieces).
 struct TiledRows {
@@ -64,6 +76,7 @@ struct Factors {
   const uint4* weight;
   const uint4* codes;  // (spans, width tokens, 4 pieces)
   uint4* weights;
+  uint4* unpacked;       // W4 of `WideProduct` only
   uint4* tokens;
   const unsigned char* multipliers;
   int width;             // tokens
@@ -73,26 +86,39 @@ struct Factors {
   int fine;              // as `Multipliers`
 };
 
-// Line `index` of `bytes` (a multiple of 16) of an array to shared memory, by the whole block and at once.
-__device__ __forceinline__ void fill_block(unsigned char* to, const uint4* from, int index, int bytes) {
-  for (int at = threadIdx.x; at < bytes / 16; at += blockDim.x) {
-    reinterpret_cast<uint4*>(to)[at] = from[static_cast<long long>(index) * (bytes / 16) + at];
-  }
-  __syncthreads();
+// Line `index` of `bytes` (a multiple of 16) of an array to shared memory, behind the back of the whole block.
+__device__ __forceinline__ void copy_line(unsigned char* to, const uint4* from, int index, int bytes) {
+  copy_block(to, from + static_cast<long long>(index) * (bytes / 16), bytes);
 }
 
-template <int BITS, int SHARES, typename Rows>
-struct Product {
+// Shared memory for the operands; the sums take its place. Rows of 64 bytes lie in eights of 512.
+template <int BITS, int SHARES>
+__device__ __forceinline__ Factors carve_factors(Carver& carver, int tiles, int room) {
+  constexpr int TOKENS = SHARES * WARP_TOKENS, PARTS = THREADS / WARP / (SIDES * SHARES);
+  carver.next += -reinterpret_cast<unsigned long long>(carver.next) % 512;
+  Factors factors{};
+  factors.weights = carver.take<uint4>(PARTS * room * tiles * TILE_PIECES);
+  factors.unpacked = carver.take<uint4>(BITS == 4 && SHARES == 2 ? PARTS * CODE_SLOTS * tiles * TILE_PIECES : 0);
+  factors.tokens = carver.take<uint4>(PARTS * token_slots(SHARES) * TOKENS * ROW_PIECES);
+  factors.width = TOKENS;
+  factors.tiles = tiles;
+  factors.room = room;
+  return factors;
+}
+
+// What the members of a part ask for, and where it goes. TURNED: rows of 64 bytes lie as `turned_place` says, those of
+// W4's weights, which are unpacked first, by lanes.
+template <int BITS, int SHARES, typename Rows, bool TURNED>
+struct Ring {
   static constexpr int MEMBERS = SIDES * SHARES;
   static constexpr int SPANS = BITS == 8 ? 1 : 2;  // of a unit
   // 32 pieces each that a member asks for: half tiles of a unit, token tiles of a span.
   static constexpr int WEIGHT_COPIES = 2 * SIDES * SIDE_TILES / MEMBERS;
   static constexpr int TOKEN_COPIES = WARP_TILES * SHARES / MEMBERS;
   static constexpr int TOKEN_SLOTS = token_slots(SHARES);
-  static constexpr unsigned int HIGH = 0xf0f0f0f0u;
 
   const Factors& of;
-  const int lane, part, member, side, of_slot, of_line;
+  const int lane, part, member, of_slot, of_line;
   int first, count;            // spans of this part
   int first_unit, units;       // and the units that have them
   int asked, ask_slot;         // units asked for, and the next one's slot
@@ -101,19 +127,18 @@ struct Product {
   const uint4* weight_at[WEIGHT_COPIES];
   int weight_step[WEIGHT_COPIES];  // 0 where there are no such rows
   const uint4* token_at;
-  int line[SIDE_TILES][2];
 
-  __device__ __forceinline__ Product(const Factors& factors, const Rows& rows)
+  __device__ __forceinline__ Ring(const Factors& factors, const Rows& rows)
       : of(factors), lane(threadIdx.x % WARP), part(threadIdx.x / (WARP * MEMBERS)),
-        member(threadIdx.x / WARP % MEMBERS), side((member + part) % SIDES), of_slot(factors.tiles * TILE_PIECES),
+        member(threadIdx.x / WARP % MEMBERS), of_slot(factors.tiles * TILE_PIECES),
         of_line(factors.fine ? 4 * TILE_ROWS : TILE_ROWS) {
     const int parts = blockDim.x / (WARP * MEMBERS);
     first = of.first_span + part * of.spans / parts;
     count = of.first_span + (part + 1) * of.spans / parts - first;
     first_unit = first / SPANS;
     units = (first + count + SPANS - 1) / SPANS - first_unit;
-    weights = of.weights + part * of.room * of_slot + lane;
-    tokens = of.tokens + part * TOKEN_SLOTS * of.width * ROW_PIECES + lane;
+    weights = of.weights + part * of.room * of_slot;
+    tokens = of.tokens + part * TOKEN_SLOTS * of.width * ROW_PIECES;
     token_at = of.codes + first * of.width * ROW_PIECES + member * WARP + lane;
     asked = ask_slot = asked_span = 0;
 #pragma unroll
@@ -123,27 +148,10 @@ struct Product {
       weight_step[k] = is ? rows.step(row) : 0;
       weight_at[k] = of.weight + (is ? rows.start(row) + lane % ROW_PIECES + first_unit * weight_step[k] : 0);
     }
-    if constexpr (BITS == 4) {
-#pragma unroll
-      for (int k = 0; k < SIDE_TILES; k++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          int row = of.first_row + tile_of(k) * TILE_ROWS + half * 8 + lane / ROW_PIECES;
-          if (!rows.has(row)) row = of.first_row;
-          line[k][half] = (rows.line(row) + first_unit) * of_line + rows.in_line(row);
-        }
-      }
-    }
   }
-
-  __device__ __forceinline__ int side_tiles() const {
-    const int most = (of.tiles + 1) / SIDES;
-    return side == 0 ? most : of.tiles - most;
-  }
-  __device__ __forceinline__ int tile_of(int k) const { return side * ((of.tiles + 1) / SIDES) + k; }
 
   __device__ __forceinline__ void ask_weights() {
-    uint4* to = weights + ask_slot * of_slot + member * WARP;
+    uint4* to = weights + ask_slot * of_slot + member * WARP + (TURNED && BITS == 8 ? turned_place(lane) : lane);
 #pragma unroll
     for (int k = 0; k < WEIGHT_COPIES; k++) {
       if (weight_step[k] > 0) copy16(to + k * MEMBERS * WARP, weight_at[k]);
@@ -154,7 +162,8 @@ struct Product {
   }
 
   __device__ __forceinline__ void ask_tokens() {
-    uint4* to = tokens + asked_span % TOKEN_SLOTS * of.width * ROW_PIECES + member * WARP;
+    uint4* to = tokens + asked_span % TOKEN_SLOTS * of.width * ROW_PIECES + member * WARP +
+                (TURNED ? turned_place(lane) : lane);
 #pragma unroll
     for (int k = 0; k < TOKEN_COPIES; k++) copy16(to + k * MEMBERS * WARP, token_at + k * MEMBERS * WARP);
     token_at += of.width * ROW_PIECES;
@@ -167,8 +176,55 @@ struct Product {
     commit_copies();
   }
 
-  __device__ __forceinline__ void add_w8(int (&sums)[SIDE_TILES][WARP_TILES][4], const uint4* w,
-                                         const uint4 (&b)[WARP_TILES]) {
+  // After the turn.
+  __device__ __forceinline__ void begin_tokens() {
+#pragma unroll
+    for (int i = 0; i < TOKEN_SLOTS; i++) {
+      if (i < count) ask_tokens();
+      commit_copies();
+    }
+  }
+
+  // Behind the barrier of the part at span i > 0: what the span before it used is free.
+  __device__ __forceinline__ void go_on(int unit) {
+    while (asked < units && asked < unit + of.room) ask_weights();
+    if (asked_span < count) ask_tokens();
+    commit_copies();
+  }
+};
+
+template <int BITS, int SHARES, typename Rows>
+struct NarrowProduct : Ring<BITS, SHARES, Rows, false> {
+  using Base = Ring<BITS, SHARES, Rows, false>;
+  using Base::count, Base::first, Base::lane, Base::member, Base::of, Base::of_line, Base::of_slot, Base::part;
+  using Base::MEMBERS, Base::SPANS, Base::TOKEN_SLOTS;
+  static constexpr unsigned int HIGH = 0xf0f0f0f0u;
+  const int side;
+  int line[SIDE_TILES][2];
+  int sums[SIDE_TILES][WARP_TILES][4] = {};
+
+  __device__ __forceinline__ NarrowProduct(const Factors& factors, const Rows& rows)
+      : Base(factors, rows), side((member + part) % SIDES) {
+    if constexpr (BITS == 4) {
+#pragma unroll
+      for (int k = 0; k < SIDE_TILES; k++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          int row = of.first_row + tile_of(k) * TILE_ROWS + half * 8 + lane / ROW_PIECES;
+          if (!rows.has(row)) row = of.first_row;
+          line[k][half] = (rows.line(row) + Base::first_unit) * of_line + rows.in_line(row);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ int side_tiles() const {
+    const int most = (of.tiles + 1) / SIDES;
+    return side == 0 ? most : of.tiles - most;
+  }
+  __device__ __forceinline__ int tile_of(int k) const { return side * ((of.tiles + 1) / SIDES) + k; }
+
+  __device__ __forceinline__ void add_w8(const uint4* w, const uint4 (&b)[WARP_TILES]) {
 #pragma unroll
     for (int k = 0; k < SIDE_TILES; k++) {
       if (k >= side_tiles()) break;
@@ -185,8 +241,7 @@ struct Product {
   }
 
   // Nibbles stay in the high half of their byte, where the sign is theirs: every sum is 16 times the true one.
-  __device__ __forceinline__ void add_w4(int (&sums)[SIDE_TILES][WARP_TILES][4], const uint4* w,
-                                         const uint4 (&b)[WARP_TILES], int unit, int span_of_unit) {
+  __device__ __forceinline__ void add_w4(const uint4* w, const uint4 (&b)[WARP_TILES], int unit, int span_of_unit) {
 #pragma unroll
     for (int k = 0; k < SIDE_TILES; k++) {
       if (k >= side_tiles()) break;
@@ -219,80 +274,81 @@ struct Product {
     }
   }
 
-  // After the turn: the sums of this block's parts to shared memory, over what the products used, as
-  // `sums_of` reads them.
-  __device__ __forceinline__ void run(int4* partial) {
-    int sums[SIDE_TILES][WARP_TILES][4] = {};
+  // After the turn.
+  __device__ __forceinline__ void multiply() {
     const int share = member / SIDES;
-#pragma unroll
-    for (int i = 0; i < TOKEN_SLOTS; i++) {
-      if (i < count) ask_tokens();
-      commit_copies();
-    }
+    this->begin_tokens();
     int slot = 0, unit = 0;
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
       wait_for_all_but<TOKEN_SLOTS - 2>();
       // All members' copies are there, and all are done with the span before.
       meet_threads(1 + part, MEMBERS * WARP);
-      if (i > 0) {
-        while (asked < units && asked < unit + of.room) ask_weights();
-        if (asked_span < count) ask_tokens();
-        commit_copies();
-      }
-      const uint4* x = tokens + (i % TOKEN_SLOTS * of.width + share * WARP_TILES * TILE_TOKENS) * ROW_PIECES;
+      if (i > 0) this->go_on(unit);
+      const uint4* x =
+          Base::tokens + (i % TOKEN_SLOTS * of.width + share * WARP_TILES * TILE_TOKENS) * ROW_PIECES + lane;
       uint4 b[WARP_TILES];
 #pragma unroll
       for (int n = 0; n < WARP_TILES; n++) b[n] = x[n * WARP];
-      const uint4* w = weights + slot * of_slot;
+      const uint4* w = Base::weights + slot * of_slot + lane;
       if constexpr (BITS == 8) {
-        add_w8(sums, w, b);
+        add_w8(w, b);
       } else {
-        add_w4(sums, w, b, unit, (first + i) % SPANS);
+        add_w4(w, b, unit, (first + i) % SPANS);
       }
       if ((first + i) % SPANS == SPANS - 1) {
         unit++;
         slot = slot + 1 == of.room ? 0 : slot + 1;
       }
     }
-    wait_for_all_but<0>();
-    __syncthreads();
-    const int tiles = of.width / TILE_TOKENS;
-    int4* to = partial + (part * of.tiles * tiles + share * WARP_TILES) * WARP + lane;
+  }
+
+  // This thread's sums to store(row, token, sum of that token, sum of the next).
+  template <typename Store>
+  __device__ __forceinline__ void each_pair(Store store) const {
+    const int share = member / SIDES;
 #pragma unroll
     for (int k = 0; k < SIDE_TILES; k++) {
       if (k >= side_tiles()) break;
+      const int row = tile_of(k) * TILE_ROWS + lane / 4;
 #pragma unroll
       for (int n = 0; n < WARP_TILES; n++) {
         const int* s = sums[k][n];
-        to[(tile_of(k) * tiles + n) * WARP] = make_int4(s[0], s[1], s[2], s[3]);
+        const int token = (share * WARP_TILES + n) * TILE_TOKENS + lane % 4 * 2;
+        store(row, token, s[0], s[1]);
+        store(row + 8, token, s[2], s[3]);
       }
     }
-    __syncthreads();
+  }
+  __device__ __forceinline__ void hand_over_rows(int* partial) const {
+    each_pair([&](int row, int token, int sum, int next) {
+      int* to = partial + (part * of.tiles * TILE_ROWS + row) * pitch_of_rows(of.width) + token;
+      *reinterpret_cast<int2*>(to) = make_int2(sum, next);
+    });
+  }
+  __device__ __forceinline__ void hand_over_tokens(int* partial) const {
+    const int pitch = pitch_of_tokens(of.tiles);
+    each_pair([&](int row, int token, int sum, int next) {
+      int* to = partial + (part * of.width + token) * pitch + row;
+      to[0] = sum;
+      to[pitch] = next;
+    });
   }
 };
 
-// The whole sums of one item of `tiles * width / 8 * 32`: rows (row, row, row + 8, row + 8), tokens (token, token + 1)
-// of both.
-struct Item {
-  int row, token;
-  int sums[4];
-};
-template <int BITS>
-__device__ __forceinline__ Item sums_of(const int4* partial, int item, int parts, int items, int width) {
-  const int lane = item % WARP, tile_of_all = item / WARP, tiles = width / TILE_TOKENS;
-  int4 sum = partial[item];
+// Four sums of all parts, which are `stride` apart.
+template <int SHIFT>
+__device__ __forceinline__ int4 sums_of(const int* partial, int parts, int stride) {
+  int4 sum = *reinterpret_cast<const int4*>(partial);
 #pragma unroll 4
   for (int part = 1; part < parts; part++) {
-    const int4 more = partial[part * items + item];
+    const int4 more = *reinterpret_cast<const int4*>(partial + part * stride);
     sum.x += more.x;
     sum.y += more.y;
     sum.z += more.z;
     sum.w += more.w;
   }
-  constexpr int SHIFT = BITS == 4 ? 4 : 0;
-  return {tile_of_all / tiles * TILE_ROWS + lane / 4, tile_of_all % tiles * TILE_TOKENS + lane % 4 * 2,
-          {sum.x >> SHIFT, sum.y >> SHIFT, sum.z >> SHIFT, sum.w >> SHIFT}};
+  return make_int4(sum.x >> SHIFT, sum.y >> SHIFT, sum.z >> SHIFT, sum.w >> SHIFT);
 }
 
 #endif

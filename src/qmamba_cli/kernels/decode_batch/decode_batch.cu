@@ -28,7 +28,9 @@
 #include "decode_turn.cuh"
 #include "decode_weights.cuh"
 #include "decode_parts.cuh"
+#include "decode_wide_ptx.cuh"
 #include "decode_batch_product.cuh"
+#include "decode_batch_wide.cuh"
 #include "decode_batch_scan.cuh"
 #include "decode_batch_conv.cuh"
 
@@ -124,93 +126,93 @@ __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(16) unsigned char shared[];
   STAMP(0, 0)
   release_dependents();
-  constexpr int SPANS = BITS == 8 ? 1 : 2;
-  const int parts = THREADS / WARP / (SIDES * SHARES), rows = 2 * hk, all_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  constexpr int SPANS = BITS == 8 ? 1 : 2, TOKENS = SHARES * WARP_TOKENS, FOURS = TOKENS / 4;
+  constexpr int PARTS = THREADS / WARP / (SIDES * SHARES);
+  const int rows = 2 * hk, all_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   const int multiplier_bytes = all_tiles * units * (fine ? 4 : 1) * TILE_ROWS;
   const int block = blockIdx.x, group = blockIdx.y;
   const bool dynamic = x_out != nullptr;
   Carver carver{shared};
   float* shared_constants = carver.take<float>(IN_CONSTANTS * hk);
-  unsigned int* past = carver.take<unsigned int>(hk * tokens);
-  signed char* own_codes = carver.take<signed char>(tokens * hk);
-  unsigned int* absmax = carver.take<unsigned int>(tokens);
+  unsigned int* past = carver.take<unsigned int>(hk * TOKENS);
+  signed char* own_codes = carver.take<signed char>(TOKENS * hk);
+  unsigned int* absmax = carver.take<unsigned int>(TOKENS);
+  float* inverse = carver.take<float>(hk);  // of u's scales
   unsigned char* shared_multipliers = carver.take<unsigned char>(BITS == 4 ? multiplier_bytes : 0);
-  int4* partial = reinterpret_cast<int4*>(carver.next);
-  uint4* weights = carver.take<uint4>(parts * room * tiles * TILE_PIECES);
-  uint4* spans_of_tokens = carver.take<uint4>(parts * token_slots(SHARES) * tokens * ROW_PIECES);
 
   const TiledRows of_block{rows, units};
-  Factors factors{weight + static_cast<long long>(block) * rows * units * ROW_PIECES,
-                  reinterpret_cast<const uint4*>(codes) + group * units * SPANS * tokens * ROW_PIECES,
-                  weights, spans_of_tokens, shared_multipliers, tokens, tiles, 0, 0, units * SPANS, room, fine};
+  Factors factors = carve_factors<BITS, SHARES>(carver, tiles, room);
+  int* partial = reinterpret_cast<int*>(factors.weights);
+  factors.weight = weight + static_cast<long long>(block) * rows * units * ROW_PIECES;
+  factors.codes = reinterpret_cast<const uint4*>(codes) + group * units * SPANS * TOKENS * ROW_PIECES;
+  factors.multipliers = shared_multipliers;
+  factors.spans = units * SPANS;
+  factors.fine = fine;
   copy_block(shared_constants, reinterpret_cast<const char*>(constants) + block * (IN_CONSTANTS * 4 * hk),
              IN_CONSTANTS * 4 * hk);
-  for (int i = threadIdx.x; i < tokens; i += blockDim.x) absmax[i] = 0u;
+  if (BITS == 4) copy_line(shared_multipliers, multipliers, block, multiplier_bytes);
+  commit_copies();
+  for (int i = threadIdx.x; i < TOKENS; i += blockDim.x) absmax[i] = 0u;
   const float *row_scale = shared_constants, *row_bias = row_scale + rows, *conv_scale = row_bias + rows + hk;
-  const float* conv_bias = conv_scale + hk;
+  const float *conv_bias = conv_scale + hk, *u_scale = conv_bias + hk;
   const int* conv_taps = reinterpret_cast<const int*>(row_bias + rows);
-  const UGrid grid{conv_bias + hk, true_u};
-  const int at = (group * BLOCKS + block) * hk * tokens;
+  const int at = (group * BLOCKS + block) * hk * TOKENS;
 
   for (int first_tile = 0; first_tile < all_tiles; first_tile += tiles) {
     factors.first_row = first_tile * TILE_ROWS;
     factors.tiles = min(tiles, all_tiles - first_tile);
-    Product<BITS, SHARES, TiledRows> product(factors, of_block);
-    product.begin();
-    if (first_tile == 0) {
-      if (BITS == 4) fill_block(shared_multipliers, multipliers, block, multiplier_bytes);
-      STAMP(0, 1)
-      wait_for_producers();
-      STAMP(0, 2)
-      if (!dynamic) copy_block(past, history + at, hk * tokens * 4);
-    }
-    product.run(partial);
+    run_product<BITS, SHARES, true>(factors, of_block, partial, [&] {
+      if (first_tile == 0) {
+        for (int i = threadIdx.x; i < hk; i += blockDim.x) inverse[i] = __frcp_rn(u_scale[i]);
+        STAMP(0, 1)
+        wait_for_producers();
+        STAMP(0, 2)
+        if (!dynamic) copy_block(past, history + at, hk * TOKENS * 4);
+      }
+    });
     STAMP(0, 3)
-    const int items = factors.tiles * tokens / TILE_TOKENS * WARP;
-    for (int i = threadIdx.x; i < items; i += blockDim.x) {
-      const Item item = sums_of<BITS>(partial, i, parts, items, tokens);
+    for (int i = threadIdx.x; i < factors.tiles * TILE_ROWS * FOURS; i += blockDim.x) {
+      const int row = factors.first_row + i / FOURS, token = i % FOURS * 4;
+      if (row >= rows) break;
+      const int4 sum = sums_of<shift_of(BITS, SHARES)>(partial + i / FOURS * pitch_of_rows(TOKENS) + token, PARTS,
+                                                       factors.tiles * TILE_ROWS * pitch_of_rows(TOKENS));
+      const float scale = row_scale[row], bias = row_bias[row];
+      float value[4] = {static_cast<float>(sum.x) * scale + bias, static_cast<float>(sum.y) * scale + bias,
+                        static_cast<float>(sum.z) * scale + bias, static_cast<float>(sum.w) * scale + bias};
+      const int channel = row < hk ? row : row - hk;
+      const int to = at + channel * TOKENS + token;
+      if (row >= hk) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int row = factors.first_row + item.row + half * 8;
-        if (row >= rows) continue;
-        float2 value;
-        value.x = static_cast<float>(item.sums[2 * half]) * row_scale[row] + row_bias[row];
-        value.y = static_cast<float>(item.sums[2 * half + 1]) * row_scale[row] + row_bias[row];
-        const int channel = row < hk ? row : row - hk;
-        const int to = at + channel * tokens + item.token;
-        if (row >= hk) {
-          value.x = fast_silu(qm_dequantize(qm_quantize(value.x, inv_xz_scale), z_scale));
-          value.y = fast_silu(qm_dequantize(qm_quantize(value.y, inv_xz_scale), z_scale));
-          *reinterpret_cast<float2*>(gate + to) = value;
-        } else if (dynamic) {
-          *reinterpret_cast<float2*>(x_out + to) = value;
-          // Of floats >= 0, the order of their bits.
-          atomicMax(absmax + item.token, qm_to_bits(fabsf(value.x)));
-          atomicMax(absmax + item.token + 1, qm_to_bits(fabsf(value.y)));
-        } else {
-          const float scale = conv_scale[channel], bias = conv_bias[channel];
-          uint2 word = *reinterpret_cast<const uint2*>(past + channel * tokens + item.token);
-          word.x |= static_cast<unsigned int>(static_cast<unsigned char>(qm_quantize(value.x, inv_xz_scale))) << 24;
-          word.y |= static_cast<unsigned int>(static_cast<unsigned char>(qm_quantize(value.y, inv_xz_scale))) << 24;
-          *reinterpret_cast<uint2*>(history + to) = make_uint2(word.x >> 8, word.y >> 8);
-          signed char* own = own_codes + item.token * hk + channel;
-          const int first = __dp4a(static_cast<int>(word.x), conv_taps[channel], 0);
-          const int second = __dp4a(static_cast<int>(word.y), conv_taps[channel], 0);
-          value.x = u_of(static_cast<float>(first) * scale + bias, grid, channel, own);
-          value.y = u_of(static_cast<float>(second) * scale + bias, grid, channel, own + hk);
-          *reinterpret_cast<float2*>(u + to) = value;
+        for (int k = 0; k < 4; k++) value[k] = fast_silu(qm_dequantize(qm_quantize(value[k], inv_xz_scale), z_scale));
+        *reinterpret_cast<float4*>(gate + to) = make_float4(value[0], value[1], value[2], value[3]);
+      } else if (dynamic) {
+        *reinterpret_cast<float4*>(x_out + to) = make_float4(value[0], value[1], value[2], value[3]);
+        // Of floats >= 0, the order of their bits.
+#pragma unroll
+        for (int k = 0; k < 4; k++) atomicMax(absmax + token + k, qm_to_bits(fabsf(value[k])));
+      } else {
+        const uint4 before = *reinterpret_cast<const uint4*>(past + channel * TOKENS + token);
+        unsigned int word[4] = {before.x, before.y, before.z, before.w};
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          word[k] |= static_cast<unsigned int>(static_cast<unsigned char>(qm_quantize(value[k], inv_xz_scale))) << 24;
+          const float conv = static_cast<float>(__dp4a(static_cast<int>(word[k]), conv_taps[channel], 0));
+          value[k] = u_of(conv * conv_scale[channel] + conv_bias[channel], u_scale[channel], inverse[channel], true_u,
+                          own_codes + (token + k) * hk + channel);
         }
+        *reinterpret_cast<uint4*>(history + to) = make_uint4(word[0] >> 8, word[1] >> 8, word[2] >> 8, word[3] >> 8);
+        *reinterpret_cast<float4*>(u + to) = make_float4(value[0], value[1], value[2], value[3]);
       }
     }
     __syncthreads();
     STAMP(0, 4)
   }
   if (dynamic) {
-    for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-      x_absmax[(group * BLOCKS + block) * tokens + i] = qm_from_bits(absmax[i]);
+    for (int i = threadIdx.x; i < TOKENS; i += blockDim.x) {
+      x_absmax[(group * BLOCKS + block) * TOKENS + i] = qm_from_bits(absmax[i]);
     }
   } else {
-    hand_on_codes(own_codes, u_codes, tokens, hk);
+    hand_on_codes(own_codes, u_codes, TOKENS, hk);
   }
   STAMP(0, 5)
 }
@@ -268,11 +270,14 @@ __global__ void __launch_bounds__(X_WARPS* WARP)
   __syncthreads();
   constexpr int ITEMS = X_TILES * TILES * WARP;
   for (int i = threadIdx.x; i < ITEMS; i += X_WARPS * WARP) {
-    const Item item = sums_of<8>(partial, i, X_WARPS, ITEMS, TOKENS);
+    const int4 sum = sums_of<0>(reinterpret_cast<const int*>(partial + i), X_WARPS, ITEMS * 4);
+    const int tile = i / WARP, sums[4] = {sum.x, sum.y, sum.z, sum.w};
+    const int top = first_row + tile / TILES * TILE_ROWS + i % WARP / 4;
+    const int token = tile % TILES * TILE_TOKENS + i % 4 * 2;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      const int row = first_row + item.row + k / 2 * 8;
-      if (row < x_rows) atomicAdd(x_sums + (group * x_rows + row) * TOKENS + item.token + k % 2, item.sums[k]);
+      const int row = top + k / 2 * 8;
+      if (row < x_rows) atomicAdd(x_sums + (group * x_rows + row) * TOKENS + token + k % 2, sums[k]);
     }
   }
 }
@@ -334,39 +339,43 @@ __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(16) unsigned char shared[];
   STAMP(4, 0)
   release_dependents();
-  constexpr int SPANS = BITS == 8 ? 1 : 2, COLUMN_PARTS = THREADS / WARP / (SIDES * SHARES);
+  constexpr int SPANS = BITS == 8 ? 1 : 2, TOKENS = SHARES * WARP_TOKENS;
+  constexpr int COLUMN_PARTS = THREADS / WARP / (SIDES * SHARES);
   const int group = blockIdx.y, part = static_cast<int>(blockIdx.x) % parts;
-  const int pack_group = static_cast<int>(blockIdx.x) / parts, first_pack = pack_group * packs;
+  const int pack_group = static_cast<int>(blockIdx.x) / parts, all_rows = packs * rows;
   const int multiplier_bytes = packs * ((rows + TILE_ROWS - 1) / TILE_ROWS) * units * (fine ? 4 : 1) * TILE_ROWS;
-  const int tiles = (packs * rows + TILE_ROWS - 1) / TILE_ROWS;
+  const int tiles = (all_rows + TILE_ROWS - 1) / TILE_ROWS;
   Carver carver{shared};
   unsigned char* shared_multipliers = carver.take<unsigned char>(BITS == 4 ? multiplier_bytes : 0);
-  int4* partial = reinterpret_cast<int4*>(carver.next);
-  uint4* weights = carver.take<uint4>(COLUMN_PARTS * room * tiles * TILE_PIECES);
-  uint4* spans_of_tokens = carver.take<uint4>(COLUMN_PARTS * token_slots(SHARES) * tokens * ROW_PIECES);
-  const BlockRows of_block{packs * rows, units, rows};
-  const int spans = units * SPANS, first_span = part * spans / parts;
-  const Factors factors{weight + static_cast<long long>(first_pack) * rows * units * ROW_PIECES,
-                        reinterpret_cast<const uint4*>(codes) + group * spans * tokens * ROW_PIECES,
-                        weights, spans_of_tokens, shared_multipliers, tokens, tiles, 0, first_span,
-                        (part + 1) * spans / parts - first_span, room, fine};
-  Product<BITS, SHARES, BlockRows> product(factors, of_block);
-  product.begin();
-  if (BITS == 4) fill_block(shared_multipliers, multipliers, pack_group, multiplier_bytes);
-  STAMP(4, 1)
-  wait_for_producers();
-  STAMP(4, 2)
-  product.run(partial);
+  const int spans = units * SPANS;
+  Factors factors = carve_factors<BITS, SHARES>(carver, tiles, room);
+  int* partial = reinterpret_cast<int*>(factors.weights);
+  factors.weight = weight + static_cast<long long>(pack_group) * all_rows * units * ROW_PIECES;
+  factors.codes = reinterpret_cast<const uint4*>(codes) + group * spans * TOKENS * ROW_PIECES;
+  factors.multipliers = shared_multipliers;
+  factors.first_span = part * spans / parts;
+  factors.spans = (part + 1) * spans / parts - factors.first_span;
+  factors.fine = fine;
+  if (BITS == 4) copy_line(shared_multipliers, multipliers, pack_group, multiplier_bytes);
+  commit_copies();
+  run_product<BITS, SHARES, false>(factors, BlockRows{all_rows, units, rows}, partial, [&] {
+    STAMP(4, 1)
+    wait_for_producers();
+    STAMP(4, 2)
+  });
   STAMP(4, 3)
-  const int items = tiles * tokens / TILE_TOKENS * WARP;
-  for (int i = threadIdx.x; i < items; i += THREADS) {
-    const Item item = sums_of<BITS>(partial, i, COLUMN_PARTS, items, tokens);
+  const int fours = (all_rows + 3) / 4, pitch = pitch_of_tokens(tiles);
+  for (int i = threadIdx.x; i < TOKENS * fours; i += THREADS) {
+    const int token = i / fours, row = i % fours * 4;
+    const int4 sum = sums_of<shift_of(BITS, SHARES)>(partial + token * pitch + row, COLUMN_PARTS, TOKENS * pitch);
+    int* to = sums + ((group * parts + part) * TOKENS + token) * BLOCKS * rows + pack_group * all_rows + row;
+    if (all_rows % 4 == 0) {
+      *reinterpret_cast<int4*>(to) = sum;
+    } else {
+      const int each[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const int row = item.row + k / 2 * 8;
-      if (row < packs * rows) {
-        sums[((group * parts + part) * tokens + item.token + k % 2) * BLOCKS * rows + first_pack * rows + row] =
-            item.sums[k];
+      for (int k = 0; k < 4; k++) {
+        if (row + k < all_rows) to[k] = each[k];
       }
     }
   }

@@ -17,9 +17,12 @@ WARP_TOKENS = 32
 THREADS = 512
 _WARPS = THREADS // 32
 _TILE = 16
-_TILE_BYTES = _TILE * 64
 # Spans of 64 columns of a part on their way or in use, by the tokens of a group.
 _TOKEN_SLOTS = {32: 3, 64: 4}
+# Spans of W4's weights of a part, unpacked for a group of 64 tokens.
+_CODE_SLOTS = 2
+# Rows of 64 bytes lie in eights.
+_ALIGNMENT = 512
 # Warps beside each other along the rows, and the tiles of 16 rows of both.
 _SIDES = 2
 _MOST_TILES = 6
@@ -159,16 +162,17 @@ class _Product(NamedTuple):
 
     def total(self, plan: BatchPlan, room: int) -> int:
         """Bytes with so many units; the sums take the place of weights and tokens."""
-        weights = plan.column_parts * room * self.tiles * _TILE_BYTES
-        tokens = plan.column_parts * _TOKEN_SLOTS[plan.tokens] * plan.tokens * 64
-        sums = plan.column_parts * self.tiles * plan.tokens // 8 * 32 * 16
-        return self.fixed + max(weights + tokens, sums)
+        rows, unpacked = self.tiles * _TILE, _CODE_SLOTS if self.bits == 4 and plan.tokens == 64 else 0
+        weights = (room + unpacked) * rows * 64
+        tokens = _TOKEN_SLOTS[plan.tokens] * plan.tokens * 64
+        sums = max(rows * (plan.tokens + 4), plan.tokens * (rows + 8)) * 4
+        return self.fixed + _ALIGNMENT + plan.column_parts * max(weights + tokens, sums)
 
 
 def _in_product(packed: PackedBlock, plan: BatchPlan) -> _Product:
     hk, matrix = packed.hk, packed.in_proj
     multipliers = 0 if matrix.multipliers is None else matrix.multipliers[0].numel()
-    sizes = (_CONSTANTS * hk * 4, hk * plan.tokens * 4, plan.tokens * hk, plan.tokens * 4, multipliers)
+    sizes = (_CONSTANTS * hk * 4, hk * plan.tokens * 4, plan.tokens * hk, plan.tokens * 4, hk * 4, multipliers)
     return _Product("batch_in", matrix.bits, plan.in_tiles, matrix.units, _sum(*sizes))
 
 
