@@ -14,14 +14,49 @@ __device__ __forceinline__ float u_of(float a, float scale, float inverse, int t
   return true_u ? v : qm_dequantize(*code, scale);
 }
 
-// The codes of a block's channels, (tokens, hk), to their places for batch_x.
-__device__ __forceinline__ void hand_on_codes(const signed char* from, signed char* to, int tokens, int hk) {
-  const int fours = hk / 4;
-  for (int item = threadIdx.x; item < tokens * fours; item += blockDim.x) {
-    const int token = item / fours, i = item % fours * 4, channel = static_cast<int>(blockIdx.x) * hk + i;
-    const int unit = static_cast<int>(blockIdx.y) * 2 * hk + channel / 64;
-    *reinterpret_cast<unsigned int*>(to + (unit * tokens + token) * 64 + place_of_column(channel % 64)) =
-        *reinterpret_cast<const unsigned int*>(from + token * hk + i);
+// x_proj's weights of a block's channels, (hk / 4, x_rows) words of four channels, to shared memory in rows of x_pitch.
+__device__ __forceinline__ int x_pitch(int x_rows) { return x_rows + 8; }
+__device__ __forceinline__ void copy_x_weight(unsigned int* to, const uint4* weight, int x_rows, int hk) {
+  const int pieces = x_rows / 4, all = hk / 4 * pieces;
+  for (int i = threadIdx.x; i < all; i += THREADS) {
+    copy16(to + i / pieces * x_pitch(x_rows) + i % pieces * 4, weight + static_cast<int>(blockIdx.x) * all + i);
+  }
+}
+
+// This block's part of x_proj: the product of those weights and the codes (tokens, hk) of u, both in shared memory, is
+// added to x_sums (x_rows, tokens).
+__device__ __forceinline__ void add_x(int* x_sums, const signed char* codes, const unsigned int* weight, int tokens,
+                                      int hk, int x_rows) {
+  constexpr int TILE = 16, STEPS = 2;  // tokens of a product, and the most products of 32 channels
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4, words = hk / 4;
+  const int token_tiles = tokens / TILE, row_tiles = (x_rows + 7) / 8;
+  const int token = warp % token_tiles * TILE + g;
+  const unsigned int* of_token = reinterpret_cast<const unsigned int*>(codes) + token * words;
+  unsigned int x[STEPS][4] = {};
+#pragma unroll
+  for (int i = 0; i < STEPS * 2; i++) {
+    const int word = i * 4 + q;
+    if (word >= words) break;
+    x[i / 2][i % 2 * 2] = of_token[word];
+    x[i / 2][i % 2 * 2 + 1] = of_token[8 * words + word];
+  }
+  for (int n = warp / token_tiles; n < row_tiles; n += THREADS / WARP / token_tiles) {
+    // Blocks begin at different rows, so that fewer add to the same sum at once.
+    const int first_row = (n + static_cast<int>(blockIdx.x)) % row_tiles * 8;
+    int sums[4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      const int word = step * 8 + q;
+      if (step * 8 >= words) break;
+      const unsigned int* from = weight + word * x_pitch(x_rows) + first_row + g;
+      const unsigned int low = word < words ? from[0] : 0u, high = word + 4 < words ? from[4 * x_pitch(x_rows)] : 0u;
+      multiply_i8(sums, x[step][0], x[step][1], x[step][2], x[step][3], low, high);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int row = first_row + q * 2 + k % 2;
+      if (row < x_rows) atomicAdd(x_sums + row * tokens + token + k / 2 * 8, sums[k]);
+    }
   }
 }
 
@@ -33,9 +68,10 @@ __global__ void __launch_bounds__(THREADS)
                unsigned int* history,       // (groups, 128 hk, tokens)
                const float* history_scale,  // (groups, tokens, 4): of the last three inputs, oldest first
                float* newest,               // (groups, tokens) out: the scale of this one
-               signed char* u_codes,        // (groups, 2 hk units, tokens, 64) out
+               const uint4* x_weight,       // (128, hk / 4, x_rows) words of four channels
+               int* x_sums,                 // (groups, x_rows, tokens), added to
                float* u,                    // (groups, 128 hk, tokens) out
-               int true_u, int tokens, int hk) {
+               int true_u, int tokens, int hk, int x_rows) {
   extern __shared__ __align__(16) unsigned char shared[];
   release_dependents();
   const int block = blockIdx.x, group = blockIdx.y, slices = THREADS / tokens;
@@ -44,8 +80,10 @@ __global__ void __launch_bounds__(THREADS)
   signed char* own_codes = carver.take<signed char>(tokens * hk);
   float* largest = carver.take<float>(THREADS);
   float* scales = carver.take<float>(TAPS * tokens);  // newest last
+  unsigned int* shared_x_weight = carver.take<unsigned int>(hk / 4 * x_pitch(x_rows));
   copy_block(shared_constants, reinterpret_cast<const char*>(constants) + block * (IN_CONSTANTS * 4 * hk),
              IN_CONSTANTS * 4 * hk);
+  copy_x_weight(shared_x_weight, x_weight, x_rows, hk);
   commit_copies();
   const int own = threadIdx.x % tokens, slice = threadIdx.x / tokens;
   wait_for_producers();
@@ -88,7 +126,7 @@ __global__ void __launch_bounds__(THREADS)
     u[at] = u_of(sum * conv_scale[i] + conv_bias[i], u_scale[i], __frcp_rn(u_scale[i]), true_u, own_codes + own * hk + i);
   }
   __syncthreads();
-  hand_on_codes(own_codes, u_codes, tokens, hk);
+  add_x(x_sums + group * x_rows * tokens, own_codes, shared_x_weight, tokens, hk, x_rows);
 }
 
 #endif

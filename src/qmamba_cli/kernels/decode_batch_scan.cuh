@@ -157,6 +157,8 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
                const float* gate,               // likewise
                void* state,                     // (groups, 128 hk, tokens, 16)
                float* y,                        // (groups, hk, 128, tokens) out
+               const float* newest,             // (groups, tokens): scale of the newest conv input, or null
+               float* history_scale,            // (groups, tokens, 4), moved on by one token, or null
                float bc_scale, float inv_bc_scale, float dt_scale, float inv_dt_scale, float state_scale,
                float inv_state_scale, int tokens, int sixteens, int hk, int rank, int x_rows, int dt_pieces, int width,
                int levels) {
@@ -200,6 +202,14 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
   STAMP(2, 1)
   wait_for_producers();
   STAMP(2, 2)
+  if (history_scale != nullptr && blockIdx.x == 0 && static_cast<int>(threadIdx.x) < tokens) {
+    const int of_token = static_cast<int>(blockIdx.y) * tokens + threadIdx.x;
+    float* scales = history_scale + of_token * 4;
+    const float older = load_fresh(scales + 1), old = load_fresh(scales + 2);
+    scales[0] = older;
+    scales[1] = old;
+    scales[2] = load_fresh(newest + of_token);
+  }
   // The next two channels, on their way.
   States<INT8> next[2];
   float next_u[2], next_gate[2];

@@ -18,7 +18,6 @@ ENTRIES: tuple[str, ...] = (
     *(f"batch_norm<{parts}>" for parts in NORM_PARTS),
     *(f"batch_in<{product}>" for product in _PRODUCTS),
     "batch_conv",
-    *(f"batch_x<{size // 8}>" for size in GROUPS),
     *(f"batch_scan<{int8_state}>" for int8_state in ("false", "true")),
     "batch_rotate",
     *(f"batch_out<{product}>" for product in _PRODUCTS),

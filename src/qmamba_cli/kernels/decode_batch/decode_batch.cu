@@ -1,10 +1,9 @@
-// One token of one quantized block for many sequences, in six kernels (seven for a dynamic conv input), chained by
+// One token of one quantized block for many sequences, in five kernels (six for a dynamic conv input), chained by
 // programmatic dependent launch.
 //
 //   batch_norm    residual += out_proj of the block before; RMSNorm -> int8
-//   batch_in      in_proj -> x, z; causal conv + SiLU -> u
+//   batch_in      in_proj -> x, z; causal conv + SiLU -> u; x_proj of the block's channels, added up over blocks
 //   batch_conv    dynamic conv input only: the conv half of batch_in, after the scale of x is known
-//   batch_x       x_proj, sums of parts of the channels
 //   batch_scan    x_proj's sums -> int8 dt_low, B, C; dt_proj; scan step; gate; the H_HK half of the Hadamard transform
 //   batch_rotate  the S_128 half -> int8
 //   batch_out     out_proj, sums of parts of the channels
@@ -36,8 +35,6 @@
 
 constexpr int NORM_THREADS = 512;
 constexpr int NORM_VECTORS = 2;  // of four columns, a thread
-constexpr int X_TILES = 3;  // of 16 rows, a block of batch_x
-constexpr int X_WARPS = 4;  // each multiplies one unit of 64 channels
 
 // Grid: x: tokens. PARTS: the most parts that there are.
 template <int PARTS>
@@ -115,13 +112,14 @@ __global__ void __launch_bounds__(THREADS, 1)
              const uint4* weight,         // as for decode_in
              const uint4* multipliers,    // as for decode_in
              const uint4* constants,      // (128, 8, hk) words, as for decode_in
+             const uint4* x_weight,       // (128, hk / 4, x_rows) words of four channels
              unsigned int* history,       // (groups, 128 hk, tokens)
-             signed char* u_codes,        // (groups, 2 hk units, tokens, 64) out
+             int* x_sums,                 // (groups, x_rows, tokens), added to; not for a dynamic input
              float* u,                    // (groups, 128 hk, tokens) out
              float* gate,                 // (groups, 128 hk, tokens) out
              float* x_out,                // (groups, 128 hk, tokens) out; dynamic input only, else null
              float* x_absmax,             // (groups, 128, tokens) out; dynamic input only
-             float inv_xz_scale, float z_scale, int true_u, int tokens, int hk,
+             float inv_xz_scale, float z_scale, int true_u, int tokens, int hk, int x_rows,
              int units, int fine, int tiles, int room) {
   extern __shared__ __align__(16) unsigned char shared[];
   STAMP(0, 0)
@@ -138,6 +136,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   signed char* own_codes = carver.take<signed char>(TOKENS * hk);
   unsigned int* absmax = carver.take<unsigned int>(TOKENS);
   float* inverse = carver.take<float>(hk);  // of u's scales
+  unsigned int* shared_x_weight = carver.take<unsigned int>(hk / 4 * x_pitch(x_rows));
   unsigned char* shared_multipliers = carver.take<unsigned char>(BITS == 4 ? multiplier_bytes : 0);
 
   const TiledRows of_block{rows, units};
@@ -150,6 +149,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   factors.fine = fine;
   copy_block(shared_constants, reinterpret_cast<const char*>(constants) + block * (IN_CONSTANTS * 4 * hk),
              IN_CONSTANTS * 4 * hk);
+  if (!dynamic) copy_x_weight(shared_x_weight, x_weight, x_rows, hk);
   if (BITS == 4) copy_line(shared_multipliers, multipliers, block, multiplier_bytes);
   commit_copies();
   for (int i = threadIdx.x; i < TOKENS; i += blockDim.x) absmax[i] = 0u;
@@ -212,74 +212,9 @@ __global__ void __launch_bounds__(THREADS, 1)
       x_absmax[(group * BLOCKS + block) * TOKENS + i] = qm_from_bits(absmax[i]);
     }
   } else {
-    hand_on_codes(own_codes, u_codes, TOKENS, hk);
+    add_x(x_sums + group * x_rows * TOKENS, own_codes, shared_x_weight, TOKENS, hk, x_rows);
   }
   STAMP(0, 5)
-}
-
-// Grid: x: groups of 48 rows by groups of 4 units, y: groups of TILES * 8 tokens.
-template <int TILES>
-__global__ void __launch_bounds__(X_WARPS* WARP)
-    batch_x(const signed char* u_codes,        // (groups, units, tokens, 64)
-            const unsigned int* weight,        // (16 units, x_rows) words of 4 channels
-            int* x_sums,                       // (groups, x_rows, tokens), added to
-            const float* newest,               // (groups, tokens), or null
-            float* history_scale,              // (groups, tokens, 4), moved on by one token, or null
-            int x_rows, int units, int row_groups) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  release_dependents();
-  constexpr int TOKENS = TILES * TILE_TOKENS, WORDS = 16;  // of a unit
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = blockIdx.y;
-  const int first_row = static_cast<int>(blockIdx.x) % row_groups * (X_TILES * TILE_ROWS);
-  const int unit = static_cast<int>(blockIdx.x) / row_groups * X_WARPS + warp;
-  // Words 2 q and 2 q + 1 of each half of the unit, rows g and g + 8.
-  unsigned int w[X_TILES][2][2][2];
-#pragma unroll
-  for (int tile = 0; tile < X_TILES; tile++) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const int step = i / 4, word = step * 8 + lane % 4 * 2 + i / 2 % 2, half = i % 2;
-      const int row = first_row + tile * TILE_ROWS + half * 8 + lane / 4;
-      w[tile][step][i / 2 % 2][half] =
-          unit < units && row < x_rows ? weight[(unit * WORDS + word) * x_rows + row] : 0u;
-    }
-  }
-  wait_for_producers();
-  if (history_scale != nullptr && blockIdx.x == 0 && static_cast<int>(threadIdx.x) < TOKENS) {
-    float* scales = history_scale + (group * TOKENS + threadIdx.x) * TAPS;
-    const float older = load_fresh(scales + 1), old = load_fresh(scales + 2);
-    scales[0] = older;
-    scales[1] = old;
-    scales[2] = load_fresh(newest + group * TOKENS + threadIdx.x);
-  }
-  const uint4* from = reinterpret_cast<const uint4*>(u_codes) + (group * units + min(unit, units - 1)) * TOKENS * 4 + lane;
-  uint4 x[TILES];
-#pragma unroll
-  for (int n = 0; n < TILES; n++) x[n] = load_fresh(from + n * WARP);
-  int4* partial = reinterpret_cast<int4*>(shared);
-#pragma unroll
-  for (int tile = 0; tile < X_TILES; tile++) {
-#pragma unroll
-    for (int n = 0; n < TILES; n++) {
-      int s[4] = {};
-      multiply_i8(s, w[tile][0][0][0], w[tile][0][0][1], w[tile][0][1][0], w[tile][0][1][1], x[n].x, x[n].y);
-      multiply_i8(s, w[tile][1][0][0], w[tile][1][0][1], w[tile][1][1][0], w[tile][1][1][1], x[n].z, x[n].w);
-      partial[((warp * X_TILES + tile) * TILES + n) * WARP + lane] = make_int4(s[0], s[1], s[2], s[3]);
-    }
-  }
-  __syncthreads();
-  constexpr int ITEMS = X_TILES * TILES * WARP;
-  for (int i = threadIdx.x; i < ITEMS; i += X_WARPS * WARP) {
-    const int4 sum = sums_of<0>(reinterpret_cast<const int*>(partial + i), X_WARPS, ITEMS * 4);
-    const int tile = i / WARP, sums[4] = {sum.x, sum.y, sum.z, sum.w};
-    const int top = first_row + tile / TILES * TILE_ROWS + i % WARP / 4;
-    const int token = tile % TILES * TILE_TOKENS + i % 4 * 2;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const int row = top + k / 2 * 8;
-      if (row < x_rows) atomicAdd(x_sums + (group * x_rows + row) * TOKENS + token + k % 2, sums[k]);
-    }
-  }
 }
 
 // Grid: x: hk by sixteens of tokens, y: groups of tokens; 128 threads.

@@ -28,8 +28,6 @@ _SIDES = 2
 _MOST_TILES = 6
 NORM_THREADS = 512
 NORM_PARTS = (4, 8)
-X_ROWS = 48
-X_WARPS = 4
 SCAN_TOKENS = 16
 _STATES = 16
 # Shared memory of a product, beside which blocks of the kernels before and after it fit.
@@ -172,7 +170,15 @@ class _Product(NamedTuple):
 def _in_product(packed: PackedBlock, plan: BatchPlan) -> _Product:
     hk, matrix = packed.hk, packed.in_proj
     multipliers = 0 if matrix.multipliers is None else matrix.multipliers[0].numel()
-    sizes = (_CONSTANTS * hk * 4, hk * plan.tokens * 4, plan.tokens * hk, plan.tokens * 4, hk * 4, multipliers)
+    sizes = (
+        _CONSTANTS * hk * 4,
+        hk * plan.tokens * 4,
+        plan.tokens * hk,
+        plan.tokens * 4,
+        hk * 4,
+        _x_weight_bytes(packed),
+        multipliers,
+    )
     return _Product("batch_in", matrix.bits, plan.in_tiles, matrix.units, _sum(*sizes))
 
 
@@ -214,12 +220,18 @@ def norm_parts(parts: int) -> int:
 
 def conv_bytes(packed: PackedBlock, plan: BatchPlan) -> int:
     """Dynamic shared memory of batch_conv."""
-    return _sum(_CONSTANTS * packed.hk * 4, plan.tokens * packed.hk, THREADS * 4, 4 * plan.tokens * 4)
+    return _sum(
+        _CONSTANTS * packed.hk * 4,
+        plan.tokens * packed.hk,
+        THREADS * 4,
+        4 * plan.tokens * 4,
+        _x_weight_bytes(packed),
+    )
 
 
-def x_bytes(plan: BatchPlan) -> int:
-    """Dynamic shared memory of batch_x."""
-    return X_WARPS * (X_ROWS // _TILE) * (plan.tokens // 8) * 32 * 16
+def _x_weight_bytes(packed: PackedBlock) -> int:
+    """x_proj's weights of a block's channels, rows apart so that they lie in different banks."""
+    return packed.hk // 4 * (packed.x_rows + 8) * 4
 
 
 def scan_bytes(packed: PackedBlock, plan: BatchPlan) -> int:

@@ -35,7 +35,6 @@ def steps(
         yield _in_step(block, state, scratch, plan)
         if block.packed.columns.dynamic_input:
             yield _conv_step(block, state, scratch, plan)
-        yield _x_step(block, state, scratch, plan)
         yield _scan_step(block, state, scratch, plan)
         yield _rotate_step(block, scratch, plan)
         yield _out_step(block, scratch, plan)
@@ -103,8 +102,9 @@ def _in_step(block: BatchBlock, state: BatchState, scratch: BatchScratch, plan: 
             matrix.weight,
             matrix.multipliers,
             packed.in_constants,
+            packed.x_weight,
             state.history,
-            scratch.u_codes,
+            scratch.x_sums,
             scratch.u,
             scratch.gate,
             scratch.x,
@@ -117,6 +117,7 @@ def _in_step(block: BatchBlock, state: BatchState, scratch: BatchScratch, plan: 
                 packed.columns.true_u,
                 plan.tokens,
                 packed.hk,
+                packed.x_rows,
                 matrix.units,
                 matrix.fine,
                 plan.in_tiles,
@@ -140,30 +141,12 @@ def _conv_step(block: BatchBlock, state: BatchState, scratch: BatchScratch, plan
             state.history,
             state.history_scale,
             scratch.newest,
-            scratch.u_codes,
-            scratch.u,
-            *_ints(packed.columns.true_u, plan.tokens, packed.hk),
-        ),
-        shared_bytes=planning.conv_bytes(packed, plan),
-    )
-
-
-def _x_step(block: BatchBlock, state: BatchState, scratch: BatchScratch, plan: BatchPlan) -> Step:
-    packed = block.packed
-    units, row_groups = 2 * packed.hk, -(-packed.x_rows // planning.X_ROWS)
-    return Step(
-        entry=f"batch_x<{plan.tokens // 8}>",
-        grid=(row_groups * -(-units // planning.X_WARPS), plan.groups, 1),
-        threads=planning.X_WARPS * 32,
-        args=(
-            scratch.u_codes,
             packed.x_weight,
             scratch.x_sums,
-            scratch.newest,
-            state.history_scale,
-            *_ints(packed.x_rows, units, row_groups),
+            scratch.u,
+            *_ints(packed.columns.true_u, plan.tokens, packed.hk, packed.x_rows),
         ),
-        shared_bytes=planning.x_bytes(plan),
+        shared_bytes=planning.conv_bytes(packed, plan),
     )
 
 
@@ -185,6 +168,8 @@ def _scan_step(block: BatchBlock, state: BatchState, scratch: BatchScratch, plan
             scratch.gate,
             state.ssm,
             scratch.y,
+            scratch.newest,
+            state.history_scale,
             *_floats(
                 scales.x_proj_output,
                 reciprocal(scales.x_proj_output),

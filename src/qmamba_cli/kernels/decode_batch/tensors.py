@@ -55,7 +55,6 @@ class BatchScratch:
 
     Attributes:
         in_codes: (groups, units of 64, tokens, 64) int8.
-        u_codes: (groups, 2 hk, tokens, 64) int8.
         out_codes: (groups, 2 hk, tokens, 64) int8.
         u: (groups, d_inner, tokens) float32.
         gate: (groups, d_inner, tokens) float32.
@@ -68,7 +67,6 @@ class BatchScratch:
     """
 
     in_codes: torch.Tensor
-    u_codes: torch.Tensor
     out_codes: torch.Tensor
     u: torch.Tensor
     gate: torch.Tensor
@@ -106,7 +104,6 @@ def new_scratch(packed: PackedBlock, plan: BatchPlan) -> BatchScratch:
 
     return BatchScratch(
         in_codes=codes(units),
-        u_codes=codes(2 * packed.hk),
         out_codes=codes(2 * packed.hk),
         u=floats(d, tokens),
         gate=floats(d, tokens),
