@@ -89,6 +89,7 @@ CASES = {
         {"w_bits": 4, "group_size": 96, "d_model": 192, "d_inner": 512, "dt_rank": 20, "d_conv": 2},
         {"out_parts": 3},
     ),
+    "a core of 20": ("0", 10, {"w_bits": 8, "d_model": 64, "d_inner": 2560, "dt_rank": 4}, {}),
     "rows in two passes": (
         "3",
         12,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qmamba_cli.kernels._compile import machine_code, require_nvrtc
-from qmamba_cli.kernels._source import COMPILE_OPTIONS, kernel_source, target_of
+from qmamba_cli.kernels._source import COMPILE_OPTIONS, SPECIAL_TARGETS, kernel_source, target_of
 from qmamba_cli.progress import Advance
 
 # Where CuPy keeps what it compiles, too.

@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(THREADS)
       const float tap = qm_i8_to_f32(static_cast<unsigned int>(conv_taps[i]) >> (8 * k));
       sum += (qm_i8_to_f32(word >> (8 * k)) * scale[k]) * tap;
     }
-    u[at] = u_of(sum * conv_scale[i] + conv_bias[i], u_scale[i], __frcp_rn(u_scale[i]), true_u, own_codes + own * hk + i);
+    u[at] = u_of(sum * conv_scale[i] + conv_bias[i], u_scale[i], __frcp_rn(u_scale[i]), true_u,
+                 own_codes + own * hk + i);
   }
   __syncthreads();
   add_x(x_sums + group * x_rows * tokens, own_codes, shared_x_weight, tokens, hk, x_rows);

@@ -100,10 +100,40 @@ __device__ __forceinline__ void requantize(const int* x_sums, const float* facto
   }
 }
 
+// Rows of the core that a thread makes, of order 20 such that all threads have as much to do, and what they are apart.
+__device__ __forceinline__ int core_rows(int order) { return order % 5 == 0 ? 5 : 4; }
+__device__ constexpr int core_pitch(int rows) { return (rows + 3) / 4 * 4; }
+
+// The core of H_HK, signs (order, order / ROWS, core_pitch) of 1 and -1 by columns, over the upper part of the channel.
+template <int ROWS, typename HandOn>
+__device__ __forceinline__ void turn_core(const float* y, const float* signs, int width, int hk, int levels,
+                                          HandOn hand_on) {
+  const int token = threadIdx.x % SCAN_TOKENS, slot = threadIdx.x / SCAN_TOKENS;
+  const int order = hk >> levels, others = 1 << levels, columns = width * others;
+  for (int item = slot; item < columns * (order / ROWS); item += CHANNEL_SLOTS) {
+    const int rows = item / columns, row = rows * ROWS, column = item % columns;
+    const int block = column >> levels, low = column & (others - 1);
+    const float* from = y + (block * hk + low) * SCAN_TOKENS + token;
+    float sums[ROWS] = {};
+#pragma unroll 10
+    for (int k = 0; k < order; k++) {
+      const float value = from[(k << levels) * SCAN_TOKENS];
+      const float* sign = signs + (k * (order / ROWS) + rows) * core_pitch(ROWS);
+      const float4 four = *reinterpret_cast<const float4*>(sign);
+      sums[0] = fmaf(four.x, value, sums[0]);
+      sums[1] = fmaf(four.y, value, sums[1]);
+      sums[2] = fmaf(four.z, value, sums[2]);
+      sums[3] = fmaf(four.w, value, sums[3]);
+      if constexpr (ROWS == 5) sums[4] = fmaf(sign[4], value, sums[4]);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) hand_on(block, ((row + r) << levels) + low, sums[r]);
+  }
+}
+
 // H_HK over the channels of each of `width` blocks in y (width, hk, 16 tokens), whose pairs of neighbouring channels
 // are turned where there are levels: butterflies over the next of the lowest `levels` bits of the channel in place,
-// then the core, signs (order, order) of 1 and -1 by columns, over the rest. Values go to hand_on(block, channel,
-// value), of this thread's token.
+// then the core. Values go to hand_on(block, channel, value), of this thread's token.
 template <typename HandOn>
 __device__ __forceinline__ void turn_channels(float* y, const float* signs, int width, int hk, int levels,
                                               HandOn hand_on) {
@@ -118,29 +148,13 @@ __device__ __forceinline__ void turn_channels(float* y, const float* signs, int 
     }
     __syncthreads();
   }
-  const int order = hk >> levels, others = 1 << levels;
+  const int order = hk >> levels;
   if (order == 1) {
     for (int c = slot; c < width * hk; c += CHANNEL_SLOTS) hand_on(c / hk, c % hk, y[c * SCAN_TOKENS + token]);
-    return;
-  }
-  // Four rows of the core a thread.
-  const int fours = order / 4;
-  for (int item = slot; item < width * others * fours; item += CHANNEL_SLOTS) {
-    const int row = item % fours * 4, column = item / fours;
-    const int block = column >> levels, low = column & (others - 1);
-    const float* from = y + (block * hk + low) * SCAN_TOKENS + token;
-    float sums[4] = {};
-#pragma unroll 4
-    for (int k = 0; k < order; k++) {
-      const float value = from[(k << levels) * SCAN_TOKENS];
-      const float4 sign = *reinterpret_cast<const float4*>(signs + k * order + row);
-      sums[0] = fmaf(sign.x, value, sums[0]);
-      sums[1] = fmaf(sign.y, value, sums[1]);
-      sums[2] = fmaf(sign.z, value, sums[2]);
-      sums[3] = fmaf(sign.w, value, sums[3]);
-    }
-#pragma unroll
-    for (int r = 0; r < 4; r++) hand_on(block, ((row + r) << levels) + low, sums[r]);
+  } else if (core_rows(order) == 5) {
+    turn_core<5>(y, signs, width, hk, levels, hand_on);
+  } else {
+    turn_core<4>(y, signs, width, hk, levels, hand_on);
   }
 }
 
@@ -152,7 +166,7 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
                const uint4* dt_weight,          // (128 hk, dt_pieces) of 16 columns
                const uint4* A_log2e,            // (128 hk, 16) floats
                const float* constants,          // (3, 128 hk): dt_proj's factor, dt_bias, D
-               const uint4* core,               // (order, order) floats, columns of H_HK's core, or null
+               const uint4* core,               // (order, order / core_rows, core_pitch) floats, columns of H_HK's core
                const float* u,                  // (groups, 128 hk, tokens)
                const float* gate,               // likewise
                void* state,                     // (groups, 128 hk, tokens, 16)
@@ -179,14 +193,15 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
   signed char* dt_low = carver.take<signed char>(SCAN_TOKENS * dt_stride);
   float* bc = carver.take<float>(2 * STATES * SCAN_TOKENS);
   float* delta = carver.take<float>(channels * SCAN_TOKENS);  // sums of dt_proj, later y
-  const int order = hk >> levels;
-  float* signs = carver.take<float>(order * order);
+  const int order = hk >> levels, of_core = core_rows(order);
+  const int sign_count = order * (order / of_core) * core_pitch(of_core);
+  float* signs = carver.take<float>(sign_count);
   float* shared_factor = carver.take<float>(x_rows);
 
   copy_block(shared_dt, dt_weight + first * dt_pieces, channels * dt_bytes);
   copy_block(shared_A, A_log2e + first * (STATES / 4), channels * STATES * 4);
   for (int i = 0; i < 3; i++) copy_block(shared_constants + i * channels, constants + i * d_inner + first, channels * 4);
-  if (order > 1) copy_block(signs, core, order * order * 4);
+  if (order > 1) copy_block(signs, core, sign_count * 4);
   copy_block(shared_factor, x_factor, x_rows * 4);
   commit_copies();
   for (int i = threadIdx.x; i < SCAN_TOKENS * dt_stride; i += SCAN_BLOCK) dt_low[i] = 0;

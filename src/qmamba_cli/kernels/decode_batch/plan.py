@@ -244,7 +244,7 @@ def scan_bytes(packed: PackedBlock, plan: BatchPlan) -> int:
         SCAN_TOKENS * (dt_bytes + 16),
         2 * _STATES * SCAN_TOKENS * 4,
         channels * SCAN_TOKENS * 4,
-        (packed.hk >> core_levels(packed.d_inner)) ** 2 * 4,
+        core_floats(packed.hk >> core_levels(packed.d_inner)) * 4,
         packed.x_rows * 4,
     )
 
@@ -252,6 +252,17 @@ def scan_bytes(packed: PackedBlock, plan: BatchPlan) -> int:
 def rotate_bytes() -> int:
     """Dynamic shared memory of batch_rotate."""
     return (BLOCKS + BLOCKS // 16) * SCAN_TOKENS * 4
+
+
+def core_rows(order: int) -> tuple[int, int]:
+    """Rows of the core of H_hk that a thread makes, and how many floats they are apart."""
+    return (5, 8) if order % 5 == 0 else (min(order, 4), 4)
+
+
+def core_floats(order: int) -> int:
+    """Size of the table of the core's signs."""
+    rows, pitch = core_rows(order)
+    return order * (order // rows) * pitch
 
 
 def core_levels(d_inner: int) -> int:

@@ -8,7 +8,7 @@ from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.kernels.decode.pack import STATES, PackedBlock
 from qmamba_cli.kernels.decode.tensors import BLOCKS, DecodeColumns, DecodeState
-from qmamba_cli.kernels.decode_batch.plan import BatchPlan
+from qmamba_cli.kernels.decode_batch.plan import BatchPlan, core_rows
 from qmamba_cli.kernels.hadamard.matrix import core_matrix, plan_for
 
 _TAPS = 4
@@ -22,7 +22,7 @@ class BatchBlock:
         packed: the block.
         out_scale: (128 rows,) float32, real units a step of out_proj's sums.
         out_bias: (128 rows,) float32.
-        core: (order, order) float32, the columns of the core of H_hk.
+        core: (order, order / rows, pitch) float32, the columns of the core of H_hk, with `core_rows`.
         scan_constants: (3, d_inner) float32: real units a step of dt_proj's sums, dt_bias, D.
     """
 
@@ -84,9 +84,16 @@ def batch_block(packed: PackedBlock) -> BatchBlock:
         packed=packed,
         out_scale=packed.out_constants[:, 0].reshape(-1).contiguous(),
         out_bias=packed.out_constants[:, 1].reshape(-1).contiguous(),
-        core=core_matrix(plan_for(packed.d_inner).core).t().to(packed.device, torch.float32).contiguous(),
+        core=_core_table(packed.d_inner).to(packed.device),
         scan_constants=packed.scan_constants.transpose(0, 1).reshape(3, -1).contiguous(),
     )
+
+
+def _core_table(d_inner: int) -> torch.Tensor:
+    core = core_matrix(plan_for(d_inner).core).float()
+    rows, pitch = core_rows(core.shape[0])
+    columns = core.t().reshape(core.shape[0], -1, rows)
+    return torch.nn.functional.pad(columns, (0, pitch - rows)).contiguous()
 
 
 def new_scratch(packed: PackedBlock, plan: BatchPlan) -> BatchScratch:
