@@ -24,13 +24,14 @@ __device__ __forceinline__ void copy_x_weight(unsigned int* to, const uint4* wei
 }
 
 // This block's part of x_proj: the product of those weights and the codes (tokens, hk) of u, both in shared memory, is
-// added to x_sums (x_rows, tokens).
+// added to one of the copies x_sums (groups, X_COPIES, x_rows, tokens).
 __device__ __forceinline__ void add_x(int* x_sums, const signed char* codes, const unsigned int* weight, int tokens,
                                       int hk, int x_rows) {
   constexpr int TILE = 16, STEPS = 2;  // tokens of a product, and the most products of 32 channels
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, q = lane % 4, words = hk / 4;
   const int token_tiles = tokens / TILE, row_tiles = (x_rows + 7) / 8;
   const int token = warp % token_tiles * TILE + g;
+  x_sums += (static_cast<int>(blockIdx.y) * X_COPIES + static_cast<int>(blockIdx.x) % X_COPIES) * x_rows * tokens;
   const unsigned int* of_token = reinterpret_cast<const unsigned int*>(codes) + token * words;
   unsigned int x[STEPS][4] = {};
 #pragma unroll
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(THREADS)
                const float* history_scale,  // (groups, tokens, 4): of the last three inputs, oldest first
                float* newest,               // (groups, tokens) out: the scale of this one
                const uint4* x_weight,       // (128, hk / 4, x_rows) words of four channels
-               int* x_sums,                 // (groups, x_rows, tokens), added to
+               int* x_sums,                 // (groups, X_COPIES, x_rows, tokens), added to
                float* u,                    // (groups, 128 hk, tokens) out
                int true_u, int tokens, int hk, int x_rows) {
   extern __shared__ __align__(16) unsigned char shared[];
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(THREADS)
                  own_codes + own * hk + i);
   }
   __syncthreads();
-  add_x(x_sums + group * x_rows * tokens, own_codes, shared_x_weight, tokens, hk, x_rows);
+  add_x(x_sums, own_codes, shared_x_weight, tokens, hk, x_rows);
 }
 
 #endif

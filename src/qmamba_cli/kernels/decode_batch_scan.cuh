@@ -6,6 +6,8 @@ constexpr int SCAN_TOKENS = 16;  // of a block: two token tiles
 constexpr int SCAN_BLOCK = 512;
 constexpr int CHANNEL_SLOTS = SCAN_BLOCK / SCAN_TOKENS;
 constexpr float LOG2E = 1.4426950408889634f;
+// Copies of x_proj's sums, which blocks add to in turn: adding to one word by all of them would take its time.
+constexpr int X_COPIES = 4;
 
 __device__ __forceinline__ float softplus(float v) {
   return qm_softplus_from(v, exp2_approx(-LOG2E * fabsf(v)));
@@ -65,29 +67,42 @@ struct States {
   }
 };
 
-// One step of x_proj's sums (x_rows, width) to the grid: the first `rank` rows to dt_low (16 tokens, dt_stride bytes),
+// One step of x_proj's sums (X_COPIES, x_rows, width) to the grid: the first `rank` rows to dt_low (16 tokens, dt_stride bytes),
 // the next 32 as real B and C to bc (32, 16). `factor` lies in shared memory.
 __device__ __forceinline__ void requantize(const int* x_sums, const float* factor, signed char* dt_low, float* bc,
-                                           float scale, float inv_scale, int width, int rank, int dt_stride) {
+                                           float scale, float inv_scale, int width, int x_rows, int rank,
+                                           int dt_stride) {
   constexpr int FOURS = SCAN_TOKENS / 4, ROUNDS = 2;
   const int items = (rank + 2 * STATES) * FOURS;
   for (int base = threadIdx.x; base < items; base += ROUNDS * SCAN_BLOCK) {
-    int4 sums[ROUNDS];
+    int4 sums[ROUNDS][X_COPIES];
     // All that is under way before anything is waited for.
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
       const int item = min(base + r * SCAN_BLOCK, items - 1), row = item / FOURS;
-      sums[r] = load_fresh(reinterpret_cast<const int4*>(x_sums + row * width + item % FOURS * 4));
+      const int* from = x_sums + row * width + item % FOURS * 4;
+#pragma unroll
+      for (int copy = 0; copy < X_COPIES; copy++) {
+        sums[r][copy] = load_fresh(reinterpret_cast<const int4*>(from + copy * x_rows * width));
+      }
     }
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
       const int item = base + r * SCAN_BLOCK, row = item / FOURS, token = item % FOURS * 4;
       if (item >= items) break;
+      int4 sum = sums[r][0];
+#pragma unroll
+      for (int copy = 1; copy < X_COPIES; copy++) {
+        sum.x += sums[r][copy].x;
+        sum.y += sums[r][copy].y;
+        sum.z += sums[r][copy].z;
+        sum.w += sums[r][copy].w;
+      }
       const float of_row = factor[row];
-      const signed char q[4] = {qm_quantize(static_cast<float>(sums[r].x) * of_row, inv_scale),
-                                qm_quantize(static_cast<float>(sums[r].y) * of_row, inv_scale),
-                                qm_quantize(static_cast<float>(sums[r].z) * of_row, inv_scale),
-                                qm_quantize(static_cast<float>(sums[r].w) * of_row, inv_scale)};
+      const signed char q[4] = {qm_quantize(static_cast<float>(sum.x) * of_row, inv_scale),
+                                qm_quantize(static_cast<float>(sum.y) * of_row, inv_scale),
+                                qm_quantize(static_cast<float>(sum.z) * of_row, inv_scale),
+                                qm_quantize(static_cast<float>(sum.w) * of_row, inv_scale)};
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         if (row < rank) {
@@ -161,7 +176,7 @@ __device__ __forceinline__ void turn_channels(float* y, const float* signs, int 
 // Grid: x: (128 / width) groups of blocks by `sixteens` of tokens, y: groups of `tokens`.
 template <bool INT8>
 __global__ void __launch_bounds__(SCAN_BLOCK, 1)
-    batch_scan(const int* x_sums,               // (groups, x_rows, tokens)
+    batch_scan(const int* x_sums,               // (groups, X_COPIES, x_rows, tokens)
                const float* x_factor,           // (x_rows,) real units a step of a sum
                const uint4* dt_weight,          // (128 hk, dt_pieces) of 16 columns
                const uint4* A_log2e,            // (128 hk, 16) floats
@@ -238,8 +253,8 @@ __global__ void __launch_bounds__(SCAN_BLOCK, 1)
   };
   fetch(slot, 0);
   fetch(slot + CHANNEL_SLOTS, 1);
-  requantize(x_sums + static_cast<int>(blockIdx.y) * x_rows * tokens + first_token, shared_factor, dt_low, bc, bc_scale,
-             inv_bc_scale, tokens, rank, dt_stride);
+  requantize(x_sums + static_cast<int>(blockIdx.y) * X_COPIES * x_rows * tokens + first_token, shared_factor, dt_low,
+             bc, bc_scale, inv_bc_scale, tokens, x_rows, rank, dt_stride);
   __syncthreads();
   STAMP(2, 3)
 

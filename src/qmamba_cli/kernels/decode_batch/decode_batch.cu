@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(THREADS, 1)
              const uint4* constants,      // (128, 8, hk) words, as for decode_in
              const uint4* x_weight,       // (128, hk / 4, x_rows) words of four channels
              unsigned int* history,       // (groups, 128 hk, tokens)
-             int* x_sums,                 // (groups, x_rows, tokens), added to; not for a dynamic input
+             int* x_sums,                 // (groups, X_COPIES, x_rows, tokens), added to; not for a dynamic input
              float* u,                    // (groups, 128 hk, tokens) out
              float* gate,                 // (groups, 128 hk, tokens) out
              float* x_out,                // (groups, 128 hk, tokens) out; dynamic input only, else null
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       x_absmax[(group * BLOCKS + block) * TOKENS + i] = qm_from_bits(absmax[i]);
     }
   } else {
-    add_x(x_sums + group * x_rows * TOKENS, own_codes, shared_x_weight, TOKENS, hk, x_rows);
+    add_x(x_sums, own_codes, shared_x_weight, TOKENS, hk, x_rows);
   }
   STAMP(0, 5)
 }

@@ -29,6 +29,8 @@ _MOST_TILES = 6
 NORM_THREADS = 512
 NORM_PARTS = (4, 8)
 SCAN_TOKENS = 16
+# Copies of x_proj's sums, which thread blocks add to in turn.
+X_COPIES = 4
 _STATES = 16
 # Shared memory of a product, beside which blocks of the kernels before and after it fit.
 _PRODUCT_BYTES = 180 * 1024

@@ -8,7 +8,7 @@ from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.causal_conv1d.reference import ConvState
 from qmamba_cli.kernels.decode.pack import STATES, PackedBlock
 from qmamba_cli.kernels.decode.tensors import BLOCKS, DecodeColumns, DecodeState
-from qmamba_cli.kernels.decode_batch.plan import BatchPlan, core_rows
+from qmamba_cli.kernels.decode_batch.plan import X_COPIES, BatchPlan, core_rows
 from qmamba_cli.kernels.hadamard.matrix import core_matrix, plan_for
 
 _TAPS = 4
@@ -58,7 +58,7 @@ class BatchScratch:
         out_codes: (groups, 2 hk, tokens, 64) int8.
         u: (groups, d_inner, tokens) float32.
         gate: (groups, d_inner, tokens) float32.
-        x_sums: (groups, x_rows, tokens) int32, zero between blocks.
+        x_sums: (groups, X_COPIES, x_rows, tokens) int32, zero between blocks; their sum counts.
         y: (groups, hk, 128, tokens) float32.
         out_sums: (groups, parts, tokens, 128 rows) int32.
         x: (groups, d_inner, tokens) float32; dynamic conv input only.
@@ -114,7 +114,7 @@ def new_scratch(packed: PackedBlock, plan: BatchPlan) -> BatchScratch:
         out_codes=codes(2 * packed.hk),
         u=floats(d, tokens),
         gate=floats(d, tokens),
-        x_sums=torch.zeros(groups, packed.x_rows, tokens, dtype=torch.int32, device=device),
+        x_sums=torch.zeros(groups, X_COPIES, packed.x_rows, tokens, dtype=torch.int32, device=device),
         y=floats(d, tokens),
         out_sums=torch.empty(
             groups, plan.out_parts, tokens, BLOCKS * packed.out_proj.rows, dtype=torch.int32, device=device
