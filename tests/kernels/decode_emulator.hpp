@@ -55,7 +55,7 @@ struct Thread {
   long meetings = 0;          // of some warps
   int group = 0;              // of copies, the open one
   std::deque<Copy> copies;
-  std::vector<std::function<void()>> products;  // of groups of warps, that have begun
+  std::deque<std::vector<std::function<void()>>> products;  // of groups of warps, that have begun
 };
 struct Warp { unsigned char slot[2][32][32]; };
 
@@ -280,16 +280,39 @@ inline void multiply_i8(int (&sums)[4], unsigned int top_0, unsigned int low_0, 
 
 // In the place of decode_wide_ptx.cuh: products read their operands at the wait for them, the last moment they may.
 inline void publish_writes() {}
-inline void begin_wide() {}
+inline void begin_wide() { emulator::current->products.emplace_back(); }
 inline void commit_wide() {}
-inline void wait_for_wide() {
-  for (const auto& product : emulator::current->products) product();
-  emulator::current->products.clear();
+template <int PENDING>
+void wait_for_wide() {
+  auto& groups = emulator::current->products;
+  for (; groups.size() > PENDING; groups.pop_front()) {
+    for (const auto& product : groups.front()) product();
+  }
+}
+// A word of arrivals: the phase, how many a phase has, and how many are still to come.
+struct Arrivals { uint16_t phase, all, left, unused; };
+inline void begin_arrivals(unsigned long long* word, int count) {
+  const Arrivals fresh{0, static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0};
+  std::memcpy(word, &fresh, sizeof fresh);
+}
+inline void arrive(unsigned long long* word) {
+  Arrivals& arrivals = *reinterpret_cast<Arrivals*>(word);
+  if (--arrivals.left == 0) {
+    arrivals.phase ^= 1;
+    arrivals.left = arrivals.all;
+  }
+}
+inline void arrive_after_copies(unsigned long long* word) {
+  emulator::finish_copies(emulator::current->group);
+  arrive(word);
+}
+inline void await_arrivals(const unsigned long long* word, int parity) {
+  while (reinterpret_cast<const Arrivals*>(word)->phase == parity) emulator::yield();
 }
 template <int ROWS>
 void multiply_wide(int (&sums)[ROWS / 2], const uint4* a, const uint4* b) {
   const int warp = emulator::current->id / 32 % 4, lane = emulator::current->id % 32;
-  emulator::current->products.push_back([&sums, a, b, warp, lane] {
+  emulator::current->products.back().push_back([&sums, a, b, warp, lane] {
     // Piece of a row of 64 bytes, among eight of them.
     auto piece = [](const uint4* rows, int row, int at) {
       return reinterpret_cast<const int*>(rows + row * 4 + (at ^ row / 2 % 4));

@@ -85,7 +85,7 @@ class Emulator:
         )
         harness = HARNESS.replace("CASES", cases).replace("SOURCE", Path(source).name)
         (folder / "harness.cpp").write_text(harness)
-        self._entries = entries
+        self._entries, self.wide = entries, wide
         library = folder / "decode.so"
         flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
         subprocess.run([compiler, *flags, "-o", library, folder / "harness.cpp"], check=True)

@@ -40,7 +40,7 @@ def emulated(emulator, blocks, columns, residual, states, changed=None, tokens=1
     """Residual and states after some tokens of a model of ``blocks``, from buffers that hold NaN."""
     packed = [pack_block(tensors, SCALES, columns, norm_eps=EPSILON) for tensors in blocks]
     batch, taps = residual.shape[0], packed[0].taps
-    chosen = dataclasses.replace(plan.make_plan(packed[0], batch), **(changed or {}))
+    chosen = dataclasses.replace(plan.make_plan(packed[0], batch, wide=emulator.wide), **(changed or {}))
     scratch = new_scratch(packed[0], chosen)
     for field in dataclasses.fields(scratch):
         tensor = getattr(scratch, field.name)
@@ -82,6 +82,18 @@ CASES = {
         16,
         {"w_bits": 4, "d_model": 1088, "d_inner": 1536, "dt_rank": 17, "d_conv": 3, "bias": False},
         {"in_room": 4, "out_parts": 2},
+    ),
+    "a ring of W4, 64 tokens": (
+        "0",
+        34,
+        {"w_bits": 4, "d_model": 2304, "d_inner": 512, "dt_rank": 17},
+        {"in_room": 4},
+    ),
+    "a ring of W8, 64 tokens": (
+        "0",
+        64,
+        {"w_bits": 8, "d_model": 1600, "d_inner": 512, "dt_rank": 4},
+        {"in_room": 4, "out_room": 2, "out_parts": 1},
     ),
     "groups of 96, parts": (
         "2-4",

@@ -18,7 +18,7 @@ __device__ __forceinline__ float u_of(float a, float scale, float inverse, int t
 __device__ __forceinline__ int x_pitch(int x_rows) { return x_rows + 8; }
 __device__ __forceinline__ void copy_x_weight(unsigned int* to, const uint4* weight, int x_rows, int hk) {
   const int pieces = x_rows / 4, all = hk / 4 * pieces;
-  for (int i = threadIdx.x; i < all; i += THREADS) {
+  for (int i = threadIdx.x; i < all; i += blockDim.x) {
     copy16(to + i / pieces * x_pitch(x_rows) + i % pieces * 4, weight + static_cast<int>(blockIdx.x) * all + i);
   }
 }
@@ -41,7 +41,7 @@ __device__ __forceinline__ void add_x(int* x_sums, const signed char* codes, con
     x[i / 2][i % 2 * 2] = of_token[word];
     x[i / 2][i % 2 * 2 + 1] = of_token[8 * words + word];
   }
-  for (int n = warp / token_tiles; n < row_tiles; n += THREADS / WARP / token_tiles) {
+  for (int n = warp / token_tiles; n < row_tiles; n += blockDim.x / WARP / token_tiles) {
     // Blocks begin at different rows, so that fewer add to the same sum at once.
     const int first_row = (n + static_cast<int>(blockIdx.x)) % row_tiles * 8;
     int sums[4] = {};

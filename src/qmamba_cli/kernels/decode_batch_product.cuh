@@ -24,6 +24,8 @@ constexpr int TILE_PIECES = TILE_ROWS * ROW_PIECES;
 
 // Spans of W4's weights of a part, unpacked.
 constexpr int CODE_SLOTS = 2;
+// Words in front of the operands.
+constexpr int ARRIVAL_WORDS = 96;
 
 // Spans of tokens of a part on their way or in use; `room` is as large, or holds all.
 __device__ constexpr int token_slots(int shares) { return shares == 1 ? 3 : 4; }
@@ -75,6 +77,7 @@ struct BlockRows {
 struct Factors {
   const uint4* weight;
   const uint4* codes;  // (spans, width tokens, 4 pieces)
+  unsigned long long* arrivals;  // of `WideProduct` only
   uint4* weights;
   uint4* unpacked;       // W4 of `WideProduct` only
   uint4* tokens;
@@ -95,8 +98,10 @@ __device__ __forceinline__ void copy_line(unsigned char* to, const uint4* from, 
 template <int BITS, int SHARES>
 __device__ __forceinline__ Factors carve_factors(Carver& carver, int tiles, int room) {
   constexpr int TOKENS = SHARES * WARP_TOKENS, PARTS = THREADS / WARP / (SIDES * SHARES);
+  carver.take<unsigned long long>(ARRIVAL_WORDS);
   carver.next += -reinterpret_cast<unsigned long long>(carver.next) % 512;
   Factors factors{};
+  factors.arrivals = reinterpret_cast<unsigned long long*>(carver.next) - ARRIVAL_WORDS;
   factors.weights = carver.take<uint4>(PARTS * room * tiles * TILE_PIECES);
   factors.unpacked = carver.take<uint4>(BITS == 4 && SHARES == 2 ? PARTS * CODE_SLOTS * tiles * TILE_PIECES : 0);
   factors.tokens = carver.take<uint4>(PARTS * token_slots(SHARES) * TOKENS * ROW_PIECES);

@@ -6,6 +6,15 @@
 
 #if QM_WIDE
 constexpr int WIDE_TOKENS = 64;
+constexpr int GROUP_WARPS = 4;
+constexpr int GROUP = GROUP_WARPS * WARP;
+
+// A part's units, and where they go.
+struct Share {
+  int first_unit, units;
+  unsigned long long* words;  // of arrivals
+  uint4 *weights, *unpacked, *tokens;
+};
 
 // Two words of four codes times their group's multiplier, from a word of low and high nibbles in two's complement.
 // (code + 8) m and 128 - 8 m together stay within a byte, and so does what one sign bit makes of it.
@@ -15,66 +24,168 @@ __device__ __forceinline__ uint2 multiplied_codes(unsigned int word, unsigned in
   return make_uint2((low * multiplier + offset) ^ 0x80808080u, (high * multiplier + offset) ^ 0x80808080u);
 }
 
-// ROWS: of weights in one tensor-core product, what follows `tiles` of them is multiplied and left.
-template <int BITS, typename Rows, int ROWS>
-struct WideProduct : Ring<BITS, 2, Rows, true> {
-  using Base = Ring<BITS, 2, Rows, true>;
-  using Base::count, Base::first, Base::lane, Base::member, Base::of, Base::of_line, Base::of_slot, Base::part;
-  using Base::MEMBERS, Base::SPANS, Base::TOKEN_SLOTS, Base::WEIGHT_COPIES;
-  uint4* codes;  // (CODE_SLOTS, rows, 4 pieces); W4 only
-  int line[WEIGHT_COPIES];
-  int sums[ROWS / 2] = {};
+// Words of arrivals of a part: units of weights, spans of tokens, and spans that have been used.
+constexpr int MOST_ROOM = 16;
+constexpr int WIDE_SLOTS = token_slots(2);
+constexpr int WORDS_OF_PART = MOST_ROOM + 2 * WIDE_SLOTS;
 
-  __device__ __forceinline__ WideProduct(const Factors& factors, const Rows& rows)
-      : Base(factors, rows), codes(factors.unpacked + part * CODE_SLOTS * of_slot) {
+// One of the warps behind the multiplying ones: asks for everything that its part multiplies.
+template <int BITS, typename Rows>
+struct Asker {
+  static constexpr int SPANS = BITS == 8 ? 1 : 2, COPIES = 2 * SIDES * SIDE_TILES;
+  const Factors& of;
+  const Share share;
+  const int lane;
+  int asked, slot;  // units, and the next one's slot
+  int at[COPIES], step[COPIES];
+
+  __device__ __forceinline__ Asker(const Factors& factors, const Rows& rows, const Share& of_part)
+      : of(factors), share(of_part), lane(threadIdx.x % WARP), asked(0), slot(0) {
 #pragma unroll
-    for (int k = 0; k < WEIGHT_COPIES; k++) {
-      const int row = of.first_row + (member + k * MEMBERS) * 8 + lane / ROW_PIECES;
-      line[k] = Base::weight_step[k] > 0 ? (rows.line(row) + Base::first_unit) * of_line + rows.in_line(row) : 0;
+    for (int k = 0; k < COPIES; k++) {
+      const int row = of.first_row + k * 8 + lane / ROW_PIECES;
+      step[k] = k < 2 * of.tiles && rows.has(row) ? rows.step(row) : 0;
+      at[k] = step[k] > 0 ? rows.start(row) + lane % ROW_PIECES + share.first_unit * step[k] : 0;
     }
   }
 
-  // What this lane has asked for itself, a span of it, to the place where the group multiplies it.
-  __device__ __forceinline__ void unpack(uint4* to, const uint4* w, int unit, int span_of_unit) const {
-    const int next = of.fine ? TILE_ROWS : 0;
+  __device__ __forceinline__ void ask_weights(int until) {
+    for (; asked < min(until, share.units); asked++) {
+      uint4* to = share.weights + slot * of.tiles * TILE_PIECES + (BITS == 8 ? turned_place(lane) : lane);
 #pragma unroll
-    for (int k = 0; k < WEIGHT_COPIES; k++) {
-      if (Base::weight_step[k] == 0) continue;
-      const int at = (member + k * MEMBERS) * WARP;
-      const uint2 words = reinterpret_cast<const uint2*>(w + at + lane)[span_of_unit];
-      const unsigned char* m = of.multipliers + line[k] + unit * of_line + 2 * span_of_unit * next;
-      const uint2 low = multiplied_codes(words.x, m[0]), high = multiplied_codes(words.y, m[next]);
-      to[at + turned_place(lane)] = make_uint4(low.x, low.y, high.x, high.y);
+      for (int k = 0; k < COPIES; k++) {
+        if (step[k] > 0) copy16(to + k * WARP, of.weight + at[k]);
+        at[k] += step[k];
+      }
+      arrive_after_copies(share.words + slot);
+      slot = slot + 1 == of.room ? 0 : slot + 1;
     }
   }
 
   // After the turn.
-  __device__ __forceinline__ void multiply() {
-    this->begin_tokens();
-    int slot = 0, unit = 0;
-#pragma unroll 1
-    for (int i = 0; i < count; i++) {
-      wait_for_all_but<TOKEN_SLOTS - 2>();
-      const uint4* w = Base::weights + slot * of_slot;
-      if constexpr (BITS == 4) {
-        uint4* unpacked = codes + i % CODE_SLOTS * of_slot;
-        unpack(unpacked, w, unit, (first + i) % SPANS);
-        w = unpacked;
+  __device__ __forceinline__ void run() {
+    const int count = share.units * SPANS;
+    const uint4* from = of.codes + share.first_unit * SPANS * WIDE_TOKENS * ROW_PIECES + lane;
+    for (int i = 0; i < count || asked < share.units; i++) {
+      const int token_slot = i % WIDE_SLOTS;
+      if (i >= WIDE_SLOTS) {
+        await_arrivals(share.words + MOST_ROOM + WIDE_SLOTS + token_slot, (i / WIDE_SLOTS - 1) % 2);
       }
-      wait_for_wide();
-      publish_writes();
-      // All members' copies and codes are there, and all are done with the span before.
-      meet_threads(1 + part, MEMBERS * WARP);
-      begin_wide();
-      multiply_wide<ROWS>(sums, Base::tokens + i % TOKEN_SLOTS * WIDE_TOKENS * ROW_PIECES, w);
-      commit_wide();
-      if (i > 0) this->go_on(unit);
-      if ((first + i) % SPANS == SPANS - 1) {
-        unit++;
-        slot = slot + 1 == of.room ? 0 : slot + 1;
+      if (i < count) {
+        uint4* to = share.tokens + token_slot * WIDE_TOKENS * ROW_PIECES + turned_place(lane);
+#pragma unroll
+        for (int k = 0; k < WIDE_TOKENS * ROW_PIECES / WARP; k++) copy16(to + k * WARP, from + k * WARP);
+        from += WIDE_TOKENS * ROW_PIECES;
+        arrive_after_copies(share.words + MOST_ROOM + token_slot);
       }
+      if (i >= WIDE_SLOTS) ask_weights(of.room + (i - WIDE_SLOTS + 1) / SPANS);
     }
-    wait_for_wide();
+  }
+};
+
+// A group of four warps. ROWS: of weights in one tensor-core product, what follows `tiles` of them is multiplied and
+// left.
+template <int BITS, typename Rows, int ROWS>
+struct WideProduct {
+  static constexpr int SPANS = BITS == 8 ? 1 : 2, HALF_TILES = SIDE_TILES;  // that a warp unpacks, at most
+  const Factors& of;
+  const Share share;
+  const int lane, part, member;
+  int line[HALF_TILES];  // of the next unit's multipliers, W4 only
+  int sums[ROWS / 2] = {};
+
+  __device__ __forceinline__ WideProduct(const Factors& factors, const Rows& rows, const Share& of_part)
+      : of(factors), share(of_part), lane(threadIdx.x % WARP), part(threadIdx.x / GROUP),
+        member(threadIdx.x / WARP % GROUP_WARPS) {
+#pragma unroll
+    for (int k = 0; k < HALF_TILES; k++) {
+      const int row = of.first_row + (member + k * GROUP_WARPS) * 8 + lane / ROW_PIECES;
+      line[k] = rows.has(row) ? (rows.line(row) + share.first_unit) * line_step() + rows.in_line(row) : 0;
+    }
+  }
+  __device__ __forceinline__ int line_step() const { return of.fine ? 4 * TILE_ROWS : TILE_ROWS; }
+
+  __device__ __forceinline__ const uint4* tokens_of(int i) const {
+    return share.tokens + i % WIDE_SLOTS * WIDE_TOKENS * ROW_PIECES;
+  }
+  __device__ __forceinline__ void await_tokens(int i) const {
+    await_arrivals(share.words + MOST_ROOM + i % WIDE_SLOTS, i / WIDE_SLOTS % 2);
+  }
+  __device__ __forceinline__ void free_tokens(int i) const {
+    if (lane == 0) arrive(share.words + MOST_ROOM + WIDE_SLOTS + i % WIDE_SLOTS);
+  }
+
+  __device__ __forceinline__ void multiply_w8() {
+    int slot = 0, parity = 0;
+#pragma unroll 1
+    for (int i = 0; i < share.units; i++) {
+      await_arrivals(share.words + slot, parity);
+      await_tokens(i);
+      publish_writes();
+      begin_wide();
+      multiply_wide<ROWS>(sums, tokens_of(i), share.weights + slot * of.tiles * TILE_PIECES);
+      commit_wide();
+      wait_for_wide<1>();
+      if (i > 0) free_tokens(i - 1);
+      if (++slot == of.room) slot = 0, parity ^= 1;
+    }
+    wait_for_wide<0>();
+  }
+
+  // A unit of this warp's half tiles, and both spans of it as int8.
+  __device__ __forceinline__ void unpack(uint4 (&codes)[HALF_TILES][2], const uint4* w) {
+#pragma unroll
+    for (int k = 0; k < HALF_TILES; k++) {
+      const int half_tile = member + k * GROUP_WARPS;
+      if (half_tile >= 2 * of.tiles) break;
+      const uint4 piece = w[half_tile * WARP + lane];
+      const unsigned char* m = of.multipliers + line[k];
+      line[k] += line_step();
+      unsigned int by[4] = {m[0], m[0], m[0], m[0]};
+      if (of.fine) {
+#pragma unroll
+        for (int s = 1; s < 4; s++) by[s] = m[s * TILE_ROWS];
+      }
+      const uint2 a = multiplied_codes(piece.x, by[0]), b = multiplied_codes(piece.y, by[1]);
+      const uint2 c = multiplied_codes(piece.z, by[2]), d = multiplied_codes(piece.w, by[3]);
+      codes[k][0] = make_uint4(a.x, a.y, b.x, b.y);
+      codes[k][1] = make_uint4(c.x, c.y, d.x, d.y);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_w4() {
+    const int span = of.tiles * TILE_PIECES;
+    int slot = 0, parity = 0;
+#pragma unroll 1
+    for (int i = 0; i < share.units; i++) {
+      uint4 codes[HALF_TILES][2];
+      await_arrivals(share.words + slot, parity);
+      unpack(codes, share.weights + slot * span);
+      wait_for_wide<0>();
+      if (i > 0) {
+        free_tokens(2 * i - 2);
+        free_tokens(2 * i - 1);
+      }
+      // All are done with the unit before.
+      meet_threads(1 + part, GROUP);
+#pragma unroll
+      for (int k = 0; k < HALF_TILES; k++) {
+        const int half_tile = member + k * GROUP_WARPS;
+        if (half_tile >= 2 * of.tiles) break;
+        share.unpacked[half_tile * WARP + turned_place(lane)] = codes[k][0];
+        share.unpacked[span + half_tile * WARP + turned_place(lane)] = codes[k][1];
+      }
+      await_tokens(2 * i);
+      await_tokens(2 * i + 1);
+      publish_writes();
+      meet_threads(1 + part, GROUP);
+      begin_wide();
+      multiply_wide<ROWS>(sums, tokens_of(2 * i), share.unpacked);
+      multiply_wide<ROWS>(sums, tokens_of(2 * i + 1), share.unpacked + span);
+      commit_wide();
+      if (++slot == of.room) slot = 0, parity ^= 1;
+    }
+    wait_for_wide<0>();
   }
 
   // This thread's sums to store(row, token, sum of that row, sum of the next).
@@ -89,10 +200,11 @@ struct WideProduct : Ring<BITS, 2, Rows, true> {
     }
   }
   __device__ __forceinline__ void hand_over_rows(int* partial) const {
+    constexpr int PITCH = pitch_of_rows(WIDE_TOKENS);
     each_pair([&](int row, int token, int sum, int next) {
-      int* to = partial + (part * of.tiles * TILE_ROWS + row) * pitch_of_rows(WIDE_TOKENS) + token;
+      int* to = partial + (part * of.tiles * TILE_ROWS + row) * PITCH + token;
       to[0] = sum;
-      to[pitch_of_rows(WIDE_TOKENS)] = next;
+      to[PITCH] = next;
     });
   }
   __device__ __forceinline__ void hand_over_tokens(int* partial) const {
@@ -102,48 +214,99 @@ struct WideProduct : Ring<BITS, 2, Rows, true> {
     });
   }
 };
-#endif
 
-// Groups of 64 tokens take the wide product where the target has it.
-__device__ constexpr bool is_wide(int shares) { return QM_WIDE && shares == 2; }
-// By how many bits the sums are too large.
-__device__ constexpr int shift_of(int bits, int shares) { return bits == 4 && !is_wide(shares) ? 4 : 0; }
-
-// The product around this block's turn, and the sums of its parts to shared memory over what the product used: rows of
-// tokens (parts, rows of all tiles, pitch_of_rows) or of weights' rows (parts, tokens, pitch_of_tokens). turn() waits
-// for the producers; the groups of copies before this call are there by then.
-template <bool BY_ROWS, typename Product, typename Turn>
-__device__ __forceinline__ void run_product(Product product, int* partial, Turn turn) {
-  product.begin();
-  wait_for_all_but<1>();
-  __syncthreads();
-  turn();
-  product.multiply();
-  wait_for_all_but<0>();
+template <int BITS, int ROWS, bool BY_ROWS, typename Rows>
+__device__ __forceinline__ void multiply_share(const Factors& factors, const Rows& rows, const Share& share,
+                                               int* partial) {
+  WideProduct<BITS, Rows, ROWS> product(factors, rows, share);
+  if (BITS == 8) {
+    product.multiply_w8();
+  } else {
+    product.multiply_w4();
+  }
+  wait_for_copies();
   __syncthreads();
   if (BY_ROWS) {
     product.hand_over_rows(partial);
   } else {
     product.hand_over_tokens(partial);
   }
+}
+
+template <int BITS, bool BY_ROWS, typename Rows, typename Turn>
+__device__ __forceinline__ void run_wide(const Factors& factors, const Rows& rows, int* partial, Turn turn) {
+  constexpr int SPANS = BITS == 8 ? 1 : 2, PARTS = THREADS / GROUP;
+  const bool asks = static_cast<int>(threadIdx.x) >= THREADS;
+  const int part = asks ? (threadIdx.x - THREADS) / WARP : threadIdx.x / GROUP;
+  const int first = factors.first_span / SPANS, units = factors.spans / SPANS, span = factors.tiles * TILE_PIECES;
+  Share share;
+  share.first_unit = first + part * units / PARTS;
+  share.units = first + (part + 1) * units / PARTS - share.first_unit;
+  share.words = factors.arrivals + part * WORDS_OF_PART;
+  share.weights = factors.weights + part * factors.room * span;
+  share.unpacked = factors.unpacked + part * CODE_SLOTS * span;
+  share.tokens = factors.tokens + part * WIDE_SLOTS * WIDE_TOKENS * ROW_PIECES;
+  for (int i = threadIdx.x; i < PARTS * WORDS_OF_PART; i += blockDim.x) {
+    begin_arrivals(factors.arrivals + i, i % WORDS_OF_PART < MOST_ROOM + WIDE_SLOTS ? WARP : GROUP_WARPS);
+  }
+  __syncthreads();
+  if (asks) {
+    Asker<BITS, Rows> asker(factors, rows, share);
+    asker.ask_weights(factors.room);
+    commit_copies();
+    wait_for_all_but<1>();
+    __syncthreads();
+    turn();
+    asker.run();
+    wait_for_copies();
+    __syncthreads();
+  } else {
+    wait_for_copies();
+    __syncthreads();
+    turn();
+    if (factors.tiles <= 4) {
+      multiply_share<BITS, 64, BY_ROWS>(factors, rows, share, partial);
+    } else if (factors.tiles == 5) {
+      multiply_share<BITS, 80, BY_ROWS>(factors, rows, share, partial);
+    } else {
+      multiply_share<BITS, 96, BY_ROWS>(factors, rows, share, partial);
+    }
+  }
   __syncthreads();
 }
+#endif
+
+// Groups of 64 tokens take the wide product where the target has it.
+__device__ constexpr bool is_wide(int shares) { return QM_WIDE && shares == 2; }
+// Threads of a block: of wide products one warp a part asks beside the four that multiply.
+__device__ constexpr int block_threads(int shares) { return is_wide(shares) ? THREADS / 4 * 5 : THREADS; }
+// By how many bits the sums are too large.
+__device__ constexpr int shift_of(int bits, int shares) { return bits == 4 && !is_wide(shares) ? 4 : 0; }
+
+// The product around this block's turn, and the sums of its parts to shared memory over what the product used: rows of
+// tokens (parts, rows of all tiles, pitch_of_rows) or of weights' rows (parts, tokens, pitch_of_tokens). turn() waits
+// for the producers; the copies that were asked for before this call are there by then.
 template <int BITS, int SHARES, bool BY_ROWS, typename Rows, typename Turn>
 __device__ __forceinline__ void run_product(const Factors& factors, const Rows& rows, int* partial, Turn turn) {
-#if QM_WIDE
   if constexpr (is_wide(SHARES)) {
-    if (factors.tiles <= 4) {
-      run_product<BY_ROWS>(WideProduct<BITS, Rows, 64>(factors, rows), partial, turn);
-    } else if (factors.tiles == 5) {
-      run_product<BY_ROWS>(WideProduct<BITS, Rows, 80>(factors, rows), partial, turn);
-    } else {
-      run_product<BY_ROWS>(WideProduct<BITS, Rows, 96>(factors, rows), partial, turn);
-    }
-    return;
-  }
+#if QM_WIDE
+    run_wide<BITS, BY_ROWS>(factors, rows, partial, turn);
 #endif
-  if constexpr (!is_wide(SHARES)) {
-    run_product<BY_ROWS>(NarrowProduct<BITS, SHARES, Rows>(factors, rows), partial, turn);
+  } else {
+    NarrowProduct<BITS, SHARES, Rows> product(factors, rows);
+    product.begin();
+    wait_for_all_but<1>();
+    __syncthreads();
+    turn();
+    product.multiply();
+    wait_for_copies();
+    __syncthreads();
+    if (BY_ROWS) {
+      product.hand_over_rows(partial);
+    } else {
+      product.hand_over_tokens(partial);
+    }
+    __syncthreads();
   }
 }
 

@@ -6,19 +6,50 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define QM_WIDE 1
 
-// What this thread wrote to shared memory, by finished copies too, becomes visible to the products of others, who meet
-// it at a barrier.
+// What this thread wrote to shared memory, or knows to be written, becomes visible to products that begin later. It
+// waits for the thread's own copies, so a thread that multiplies asks for none.
 __device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void begin_wide() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_wide() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_wide() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Waits for all but the newest PENDING groups of products.
+template <int PENDING>
+__device__ __forceinline__ void wait_for_wide() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// A word in shared memory that counts arrivals; a phase ends with the last of `count`, and the next one begins.
+__device__ __forceinline__ unsigned int shared_address(const void* p) {
+  return static_cast<unsigned int>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ void begin_arrivals(unsigned long long* word, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(word)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(unsigned long long* word) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(word)) : "memory");
+}
+// Once this thread's copies are there.
+__device__ __forceinline__ void arrive_after_copies(unsigned long long* word) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(word)) : "memory");
+}
+// Waits for the end of the phase of this parity, of 0 first. What never ends ends the launch with an error.
+__device__ __forceinline__ void await_arrivals(const unsigned long long* word, int parity) {
+  for (unsigned int tries = 0u;; tries++) {
+    unsigned int done;
+    asm volatile(
+        "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done)
+        : "r"(shared_address(word)), "r"(parity)
+        : "memory");
+    if (done) break;
+    if (tries == 1u << 24) asm volatile("trap;");
+  }
+}
 
 // Rows of 64 bytes in groups of eight, 512 bytes a group, whose 16-byte pieces lie at piece ^ (row / 2 % 4); 32 bytes
 // more are the next step of columns.
 __device__ __forceinline__ unsigned long long rows_of_64(const uint4* rows) {
   constexpr unsigned long long SWIZZLE_64 = 2ull << 62, GROUP_BYTES = 512ull >> 4;
-  const unsigned int address = static_cast<unsigned int>(__cvta_generic_to_shared(rows));
-  return SWIZZLE_64 | GROUP_BYTES << 32 | 1ull << 16 | (address & 0x3ffff) >> 4;
+  return SWIZZLE_64 | GROUP_BYTES << 32 | 1ull << 16 | (shared_address(rows) & 0x3ffff) >> 4;
 }
 
 #define QM_W4(d, i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])

@@ -26,7 +26,8 @@ ENTRIES: tuple[str, ...] = (
 
 def default_plan(packed: PackedBlock, batch: int) -> BatchPlan:
     """The plan of a block on the device where it lies."""
-    return make_plan(packed, batch, shared_memory(packed.device))
+    wide = torch.cuda.get_device_capability(packed.device) == (9, 0)
+    return make_plan(packed, batch, shared_memory(packed.device), wide=wide)
 
 
 def step_blocks(

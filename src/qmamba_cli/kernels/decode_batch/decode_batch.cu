@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(NORM_THREADS)
 
 // Grid: x: 128 blocks, y: groups of tokens. `tiles` of 16 rows at a time.
 template <int BITS, int SHARES>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(block_threads(SHARES), 1)
     batch_in(const signed char* codes,    // (groups, spans, tokens, 64)
              const uint4* weight,         // as for decode_in
              const uint4* multipliers,    // as for decode_in
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(BLOCKS)
 
 // Grid: x: groups of `packs` blocks of rows by `parts` of the columns, y: groups of tokens.
 template <int BITS, int SHARES>
-__global__ void __launch_bounds__(THREADS, 1)
+__global__ void __launch_bounds__(block_threads(SHARES), 1)
     batch_out(const signed char* codes,  // (groups, spans, tokens, 64)
               const uint4* weight,       // as for decode_out
               const uint4* multipliers,  // as for decode_out
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   });
   STAMP(4, 3)
   const int fours = (all_rows + 3) / 4, pitch = pitch_of_tokens(tiles);
-  for (int i = threadIdx.x; i < TOKENS * fours; i += THREADS) {
+  for (int i = threadIdx.x; i < TOKENS * fours; i += blockDim.x) {
     const int token = i / fours, row = i % fours * 4;
     const int4 sum = sums_of<shift_of(BITS, SHARES)>(partial + token * pitch + row, COLUMN_PARTS, TOKENS * pitch);
     int* to = sums + ((group * parts + part) * TOKENS + token) * BLOCKS * rows + pack_group * all_rows + row;

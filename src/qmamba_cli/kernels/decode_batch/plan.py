@@ -21,8 +21,10 @@ _TILE = 16
 _TOKEN_SLOTS = {32: 3, 64: 4}
 # Spans of W4's weights of a part, unpacked for a group of 64 tokens.
 _CODE_SLOTS = 2
-# Rows of 64 bytes lie in eights.
-_ALIGNMENT = 512
+# Rows of 64 bytes lie in eights, behind words that count arrivals.
+_FRONT = 512 + 96 * 8
+# Units of a part that those words can count.
+_MOST_ROOM = 16
 # Warps beside each other along the rows, and the tiles of 16 rows of both.
 _SIDES = 2
 _MOST_TILES = 6
@@ -51,6 +53,7 @@ class BatchPlan:
         out_parts: thread blocks that share the columns of out_proj.
         out_room: as in_room.
         scan_width: blocks of channels of one thread block of the scan.
+        wide: groups of 64 tokens are multiplied by groups of warps, as on compute capability 9.0.
         overlap: kernels start while the ones before them run.
     """
 
@@ -62,12 +65,18 @@ class BatchPlan:
     out_parts: int
     out_room: int
     scan_width: int
+    wide: bool = False
     overlap: bool = True
 
     @property
     def groups(self) -> int:
         """Groups of tokens."""
         return -(-self.batch // self.tokens)
+
+    @property
+    def product_threads(self) -> int:
+        """Threads of a block of a product: of wide ones a warp a part asks for what four others multiply."""
+        return THREADS // 4 * 5 if self.wide and self.tokens == GROUPS[-1] else THREADS
 
     @property
     def sixteens(self) -> int:
@@ -92,6 +101,7 @@ def make_plan(
     batch: int,
     memory: SharedMemory | None = None,
     *,
+    wide: bool = False,
     product_bytes: int = _PRODUCT_BYTES,
     out_parts: int = 0,
     scan_width: int = 0,
@@ -102,6 +112,7 @@ def make_plan(
         packed: the block; only its sizes count.
         batch: sequences.
         memory: shared memory of the device, default that of compute capability 9.0.
+        wide: whether the device multiplies by groups of warps.
         product_bytes: shared memory of a product to aim at.
         out_parts: thread blocks that share the columns of out_proj; 0 chooses.
         scan_width: blocks of channels of a thread block of the scan; 0 chooses.
@@ -126,6 +137,7 @@ def make_plan(
         out_parts=out_parts or max(1, min(_MOST_PARTS, packs, packed.out_proj.units // 2)),
         out_room=1,
         scan_width=scan_width or 1 << (sixteens - 1).bit_length(),
+        wide=wide,
     )
     most = min(memory.block, product_bytes)
     return replace(
@@ -166,7 +178,7 @@ class _Product(NamedTuple):
         weights = (room + unpacked) * rows * 64
         tokens = _TOKEN_SLOTS[plan.tokens] * plan.tokens * 64
         sums = max(rows * (plan.tokens + 4), plan.tokens * (rows + 8)) * 4
-        return self.fixed + _ALIGNMENT + plan.column_parts * max(weights + tokens, sums)
+        return self.fixed + _FRONT + plan.column_parts * max(weights + tokens, sums)
 
 
 def _in_product(packed: PackedBlock, plan: BatchPlan) -> _Product:
@@ -194,7 +206,7 @@ def _out_product(packed: PackedBlock, plan: BatchPlan) -> _Product:
 def _room(product: _Product, plan: BatchPlan, most: int, limit: int) -> int:
     """Units of a part of the columns that fit into ``most`` bytes, or the fewest within the limit."""
     # A part may begin and end within a unit of W4.
-    need = -(-product.units // plan.column_parts) + (product.bits == 4)
+    need = min(_MOST_ROOM, -(-product.units // plan.column_parts) + (product.bits == 4))
     least = min(need, _TOKEN_SLOTS[plan.tokens])
     fitting = [room for room in range(least, need + 1) if product.total(plan, room) <= most]
     if fitting:

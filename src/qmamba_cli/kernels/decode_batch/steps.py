@@ -96,7 +96,7 @@ def _in_step(block: BatchBlock, state: BatchState, scratch: BatchScratch, plan: 
     return Step(
         entry=f"batch_in<{matrix.bits}, {_shares(plan)}>",
         grid=(BLOCKS, plan.groups, 1),
-        threads=planning.THREADS,
+        threads=plan.product_threads,
         args=(
             scratch.in_codes,
             matrix.weight,
@@ -214,7 +214,7 @@ def _out_step(block: BatchBlock, scratch: BatchScratch, plan: BatchPlan) -> Step
     return Step(
         entry=f"batch_out<{matrix.bits}, {_shares(plan)}>",
         grid=(BLOCKS // plan.out_packs * plan.out_parts, plan.groups, 1),
-        threads=planning.THREADS,
+        threads=plan.product_threads,
         args=(
             scratch.out_codes,
             matrix.weight,
