@@ -174,8 +174,9 @@ __device__ __forceinline__ void turn_channels(float* y, const float* signs, int 
 }
 
 // Grid: x: (128 / width) groups of blocks by `sixteens` of tokens, y: groups of `tokens`.
+// The bound on threads leaves registers for blocks of batch_rotate beside one of int8 states.
 template <bool INT8>
-__global__ void __launch_bounds__(SCAN_BLOCK, 1)
+__global__ void __launch_bounds__(INT8 ? SCAN_BLOCK + 96 : SCAN_BLOCK, 1)
     batch_scan(const int* x_sums,               // (groups, X_COPIES, x_rows, tokens)
                const float* x_factor,           // (x_rows,) real units a step of a sum
                const uint4* dt_weight,          // (128 hk, dt_pieces) of 16 columns

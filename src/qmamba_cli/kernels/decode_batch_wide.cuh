@@ -132,8 +132,8 @@ struct WideProduct {
     wait_for_wide<0>();
   }
 
-  // A unit of this warp's half tiles, and both spans of it as int8.
-  __device__ __forceinline__ void unpack(uint4 (&codes)[HALF_TILES][2], const uint4* w) {
+  // A unit of this warp's half tiles to both of its spans as int8.
+  __device__ __forceinline__ void unpack(uint4* to, const uint4* w, int span) {
 #pragma unroll
     for (int k = 0; k < HALF_TILES; k++) {
       const int half_tile = member + k * GROUP_WARPS;
@@ -146,10 +146,11 @@ struct WideProduct {
 #pragma unroll
         for (int s = 1; s < 4; s++) by[s] = m[s * TILE_ROWS];
       }
+      uint4* there = to + half_tile * WARP + turned_place(lane);
       const uint2 a = multiplied_codes(piece.x, by[0]), b = multiplied_codes(piece.y, by[1]);
+      there[0] = make_uint4(a.x, a.y, b.x, b.y);
       const uint2 c = multiplied_codes(piece.z, by[2]), d = multiplied_codes(piece.w, by[3]);
-      codes[k][0] = make_uint4(a.x, a.y, b.x, b.y);
-      codes[k][1] = make_uint4(c.x, c.y, d.x, d.y);
+      there[span] = make_uint4(c.x, c.y, d.x, d.y);
     }
   }
 
@@ -158,9 +159,7 @@ struct WideProduct {
     int slot = 0, parity = 0;
 #pragma unroll 1
     for (int i = 0; i < share.units; i++) {
-      uint4 codes[HALF_TILES][2];
       await_arrivals(share.words + slot, parity);
-      unpack(codes, share.weights + slot * span);
       wait_for_wide<0>();
       if (i > 0) {
         free_tokens(2 * i - 2);
@@ -168,13 +167,7 @@ struct WideProduct {
       }
       // All are done with the unit before.
       meet_threads(1 + part, GROUP);
-#pragma unroll
-      for (int k = 0; k < HALF_TILES; k++) {
-        const int half_tile = member + k * GROUP_WARPS;
-        if (half_tile >= 2 * of.tiles) break;
-        share.unpacked[half_tile * WARP + turned_place(lane)] = codes[k][0];
-        share.unpacked[span + half_tile * WARP + turned_place(lane)] = codes[k][1];
-      }
+      unpack(share.unpacked, share.weights + slot * span, span);
       await_tokens(2 * i);
       await_tokens(2 * i + 1);
       publish_writes();

@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(BLOCKS)
 
 // Grid: x: groups of `packs` blocks of rows by `parts` of the columns, y: groups of tokens.
 template <int BITS, int SHARES>
-__global__ void __launch_bounds__(block_threads(SHARES), 1)
+__global__ void __launch_bounds__(block_threads(SHARES) + (is_wide(SHARES) ? 128 : 0), 1)
     batch_out(const signed char* codes,  // (groups, spans, tokens, 64)
               const uint4* weight,       // as for decode_out
               const uint4* multipliers,  // as for decode_out
