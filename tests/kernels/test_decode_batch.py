@@ -101,7 +101,12 @@ CASES = {
         {"w_bits": 4, "group_size": 96, "d_model": 192, "d_inner": 512, "dt_rank": 20, "d_conv": 2},
         {"out_parts": 3},
     ),
-    "a core of 20": ("0", 10, {"w_bits": 8, "d_model": 64, "d_inner": 2560, "dt_rank": 4}, {}),
+    "a core of 20, parts of odd units": (
+        "0",
+        33,
+        {"w_bits": 4, "d_model": 64, "d_inner": 2560, "dt_rank": 4},
+        {},
+    ),
     "rows in two passes": (
         "3",
         12,
@@ -164,10 +169,12 @@ def test_a_state_goes_in_and_out(mode, taps, batch):
 
 @pytest.mark.parametrize("batch", [9, 16, 33, 64, 256])
 @pytest.mark.parametrize("w_bits", [4, 8])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("name", [*SHAPES, "widest"])
-def test_plans_of_published_models(small_block, name, w_bits, batch):
+def test_plans_of_published_models(small_block, name, wide, w_bits, batch):
     packed = packed_like(small_block, SHAPES.get(name, 4096), w_bits)
-    chosen, memory = plan.make_plan(packed, batch), SharedMemory()
+    chosen, memory = plan.make_plan(packed, batch, wide=wide), SharedMemory()
+    assert chosen.product_threads == (640 if wide and batch > 32 else 512)
     rows, units = packed.out_proj.rows, packed.out_proj.units
     assert chosen.groups * chosen.tokens >= batch > (chosen.groups - 1) * chosen.tokens
     assert 16 * chosen.sixteens >= min(batch, chosen.tokens)
@@ -175,7 +182,7 @@ def test_plans_of_published_models(small_block, name, w_bits, batch):
     assert 1 <= chosen.out_parts <= units and 128 % chosen.scan_width == 0
     # The ring of weights is at least as long as that of the tokens, or holds all.
     need = -(-packed.in_proj.units // chosen.column_parts) + (w_bits == 4)
-    assert min(3 if batch <= 32 else 4, need) <= chosen.in_room <= need
+    assert min(3 if batch <= 32 else 4, need) <= chosen.in_room <= min(16, need)
     for size in (
         plan.in_bytes(packed, chosen),
         plan.out_bytes(packed, chosen),

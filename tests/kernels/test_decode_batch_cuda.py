@@ -9,6 +9,7 @@ from close import assert_exact
 from test_decode_batch import assert_same_step, first_of
 from test_decode_cuda import COLUMNS, EPSILON, FLIPPED, SHAPES, relative
 
+from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.decode import reference
 from qmamba_cli.kernels.decode.pack import pack_block
 from qmamba_cli.kernels.decode.samples import SCALES, random_block, random_state, to_device
@@ -28,7 +29,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 def stepped(tensors, columns, residual, state, **options):
     """Residual and state after one token, from buffers that hold NaN."""
     packed = pack_block(to_device(tensors, "cuda"), SCALES, columns, norm_eps=EPSILON)
-    plan = make_plan(packed, residual.shape[0], cuda.shared_memory(packed.device), **options)
+    device = packed.device
+    plan = make_plan(
+        packed, residual.shape[0], cuda.shared_memory(device), wide=cuda.is_wide(device), **options
+    )
     scratch, ours = new_scratch(packed, plan), new_state(packed, plan)
     for field in dataclasses.fields(scratch):
         tensor = getattr(scratch, field.name)
@@ -84,6 +88,20 @@ def test_plans_give_the_same_bits():
     for got, state in results[1:]:
         assert_exact("ssm", state.ssm, results[0][1].ssm)
         assert_exact("residual", got, results[0][0])
+
+
+def test_a_plan_of_another_device_is_refused():
+    packed = pack_block(
+        random_block(w_bits=8, seed=1, device="cuda", **SHAPES["smallest"]),
+        SCALES,
+        COLUMNS["0"],
+        norm_eps=EPSILON,
+    )
+    plan = cuda.default_plan(packed, 64)
+    scratch, state = new_scratch(packed, plan), new_state(packed, plan)
+    other = dataclasses.replace(plan, wide=not plan.wide)
+    with pytest.raises(ShapeError, match="a plan with wide="):
+        cuda.step_blocks([batch_block(packed)], torch.zeros(64, 64, device="cuda"), [state], scratch, other)
 
 
 @pytest.mark.parametrize("batch", [9, 32, 80])

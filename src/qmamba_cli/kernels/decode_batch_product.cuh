@@ -9,6 +9,8 @@
 //            39 + 8 q
 //
 // Weights are asked for before the turn, `room` units of them; the rest and the tokens follow in rings.
+//
+// decode_batch_wide.cuh has the product of 64 tokens where the target multiplies by groups of warps.
 #ifndef QM_DECODE_BATCH_PRODUCT_CUH
 #define QM_DECODE_BATCH_PRODUCT_CUH
 
@@ -34,9 +36,6 @@ __device__ constexpr int token_slots(int shares) { return shares == 1 ? 3 : 4; }
 __device__ __forceinline__ int place_of_column(int column) {
   return column % 32 / 8 * 16 + column / 32 * 8 + column % 8;
 }
-
-// Where piece `lane` of eight rows of 64 bytes lies: what 8 rows have of one column is in different banks.
-__device__ __forceinline__ int turned_place(int lane) { return lane ^ lane / 8 % 4; }
 
 // Ints from one row's sums to the next one's, and from one token's.
 __device__ constexpr int pitch_of_rows(int tokens) { return tokens + 4; }
@@ -76,10 +75,10 @@ struct BlockRows {
 // width, 4 pieces), `multipliers` as they lie in global memory.
 struct Factors {
   const uint4* weight;
-  const uint4* codes;  // (spans, width tokens, 4 pieces)
-  unsigned long long* arrivals;  // of `WideProduct` only
+  const uint4* codes;            // (spans, width tokens, 4 pieces)
+  unsigned long long* arrivals;  // words that a wide product counts with
   uint4* weights;
-  uint4* unpacked;       // W4 of `WideProduct` only
+  uint4* unpacked;               // (parts, CODE_SLOTS, tiles, 64 pieces), of a wide product of W4
   uint4* tokens;
   const unsigned char* multipliers;
   int width;             // tokens
@@ -111,9 +110,8 @@ __device__ __forceinline__ Factors carve_factors(Carver& carver, int tiles, int 
   return factors;
 }
 
-// What the members of a part ask for, and where it goes. TURNED: rows of 64 bytes lie as `turned_place` says, those of
-// W4's weights, which are unpacked first, by lanes.
-template <int BITS, int SHARES, typename Rows, bool TURNED>
+// What the members of a part ask for, and where it goes.
+template <int BITS, int SHARES, typename Rows>
 struct Ring {
   static constexpr int MEMBERS = SIDES * SHARES;
   static constexpr int SPANS = BITS == 8 ? 1 : 2;  // of a unit
@@ -156,7 +154,7 @@ struct Ring {
   }
 
   __device__ __forceinline__ void ask_weights() {
-    uint4* to = weights + ask_slot * of_slot + member * WARP + (TURNED && BITS == 8 ? turned_place(lane) : lane);
+    uint4* to = weights + ask_slot * of_slot + member * WARP + lane;
 #pragma unroll
     for (int k = 0; k < WEIGHT_COPIES; k++) {
       if (weight_step[k] > 0) copy16(to + k * MEMBERS * WARP, weight_at[k]);
@@ -167,8 +165,7 @@ struct Ring {
   }
 
   __device__ __forceinline__ void ask_tokens() {
-    uint4* to = tokens + asked_span % TOKEN_SLOTS * of.width * ROW_PIECES + member * WARP +
-                (TURNED ? turned_place(lane) : lane);
+    uint4* to = tokens + asked_span % TOKEN_SLOTS * of.width * ROW_PIECES + member * WARP + lane;
 #pragma unroll
     for (int k = 0; k < TOKEN_COPIES; k++) copy16(to + k * MEMBERS * WARP, token_at + k * MEMBERS * WARP);
     token_at += of.width * ROW_PIECES;
@@ -198,9 +195,10 @@ struct Ring {
   }
 };
 
+// By single warps.
 template <int BITS, int SHARES, typename Rows>
-struct NarrowProduct : Ring<BITS, SHARES, Rows, false> {
-  using Base = Ring<BITS, SHARES, Rows, false>;
+struct NarrowProduct : Ring<BITS, SHARES, Rows> {
+  using Base = Ring<BITS, SHARES, Rows>;
   using Base::count, Base::first, Base::lane, Base::member, Base::of, Base::of_line, Base::of_slot, Base::part;
   using Base::MEMBERS, Base::SPANS, Base::TOKEN_SLOTS;
   static constexpr unsigned int HIGH = 0xf0f0f0f0u;

@@ -9,6 +9,9 @@ constexpr int WIDE_TOKENS = 64;
 constexpr int GROUP_WARPS = 4;
 constexpr int GROUP = GROUP_WARPS * WARP;
 
+// Where piece `lane` of eight rows of 64 bytes lies: what the rows have of one column is in different banks.
+__device__ __forceinline__ int turned_place(int lane) { return lane ^ lane / 8 % 4; }
+
 // A part's units, and where they go.
 struct Share {
   int first_unit, units;
@@ -17,7 +20,7 @@ struct Share {
 };
 
 // Two words of four codes times their group's multiplier, from a word of low and high nibbles in two's complement.
-// (code + 8) m and 128 - 8 m together stay within a byte, and so does what one sign bit makes of it.
+// (code + 8) m and 128 - 8 m together stay within a byte; the sign bit turned, the byte is code m.
 __device__ __forceinline__ uint2 multiplied_codes(unsigned int word, unsigned int multiplier) {
   const unsigned int offset = 0x80808080u - multiplier * 0x08080808u;
   const unsigned int low = (word & 0x0f0f0f0fu) ^ 0x08080808u, high = (word >> 4 & 0x0f0f0f0fu) ^ 0x08080808u;
@@ -29,7 +32,8 @@ constexpr int MOST_ROOM = 16;
 constexpr int WIDE_SLOTS = token_slots(2);
 constexpr int WORDS_OF_PART = MOST_ROOM + 2 * WIDE_SLOTS;
 
-// One of the warps behind the multiplying ones: asks for everything that its part multiplies.
+// One of the warps behind the multiplying ones: asks for everything that its part multiplies. The ring of weights holds
+// all units of the part, or two at least.
 template <int BITS, typename Rows>
 struct Asker {
   static constexpr int SPANS = BITS == 8 ? 1 : 2, COPIES = 2 * SIDES * SIDE_TILES;
@@ -208,6 +212,7 @@ struct WideProduct {
   }
 };
 
+// What a group of four warps does after the turn.
 template <int BITS, int ROWS, bool BY_ROWS, typename Rows>
 __device__ __forceinline__ void multiply_share(const Factors& factors, const Rows& rows, const Share& share,
                                                int* partial) {
@@ -226,6 +231,7 @@ __device__ __forceinline__ void multiply_share(const Factors& factors, const Row
   }
 }
 
+// As `run_product`: parts share the units, and a part is four warps that multiply and one, behind them all, that asks.
 template <int BITS, bool BY_ROWS, typename Rows, typename Turn>
 __device__ __forceinline__ void run_wide(const Factors& factors, const Rows& rows, int* partial, Turn turn) {
   constexpr int SPANS = BITS == 8 ? 1 : 2, PARTS = THREADS / GROUP;

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.decode.cuda import shared_memory
 from qmamba_cli.kernels.decode.pack import PackedBlock
@@ -24,10 +25,14 @@ ENTRIES: tuple[str, ...] = (
 )
 
 
+def is_wide(device: torch.device) -> bool:
+    """Whether a device multiplies by groups of warps, as its machine code is compiled for (``target_of``)."""
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def default_plan(packed: PackedBlock, batch: int) -> BatchPlan:
     """The plan of a block on the device where it lies."""
-    wide = torch.cuda.get_device_capability(packed.device) == (9, 0)
-    return make_plan(packed, batch, shared_memory(packed.device), wide=wide)
+    return make_plan(packed, batch, shared_memory(packed.device), wide=is_wide(packed.device))
 
 
 def step_blocks(
@@ -46,11 +51,13 @@ def step_blocks(
         residual: (b, d_model) float32, updated in place.
         states: of each block, updated in place.
         scratch: of `new_scratch` for this plan.
-        plan: of `make_plan` for these sizes and b sequences.
+        plan: of `make_plan` for these sizes, b sequences and this device.
 
     Raises:
         ShapeError: an argument is not as above.
     """
     _launch.require_cuda("residual", residual)
+    if plan.wide != is_wide(residual.device):
+        raise ShapeError(f"decode_batch: a plan with wide={plan.wide} is not one of {residual.device}")
     found = steps(blocks, residual, states, scratch, plan)
     launch_steps(SOURCE, found, residual.device, overlap=plan.overlap)

@@ -264,6 +264,7 @@ __global__ void __launch_bounds__(BLOCKS)
 }
 
 // Grid: x: groups of `packs` blocks of rows by `parts` of the columns, y: groups of tokens.
+// The bound on threads leaves registers for blocks of batch_norm beside a wide product's.
 template <int BITS, int SHARES>
 __global__ void __launch_bounds__(block_threads(SHARES) + (is_wide(SHARES) ? 128 : 0), 1)
     batch_out(const signed char* codes,  // (groups, spans, tokens, 64)
@@ -288,8 +289,9 @@ __global__ void __launch_bounds__(block_threads(SHARES) + (is_wide(SHARES) ? 128
   factors.weight = weight + static_cast<long long>(pack_group) * all_rows * units * ROW_PIECES;
   factors.codes = reinterpret_cast<const uint4*>(codes) + group * spans * TOKENS * ROW_PIECES;
   factors.multipliers = shared_multipliers;
-  factors.first_span = part * spans / parts;
-  factors.spans = (part + 1) * spans / parts - factors.first_span;
+  // Whole units, which a wide product unpacks at a time.
+  factors.first_span = part * units / parts * SPANS;
+  factors.spans = (part + 1) * units / parts * SPANS - factors.first_span;
   factors.fine = fine;
   if (BITS == 4) copy_line(shared_multipliers, multipliers, pack_group, multiplier_bytes);
   commit_copies();
