@@ -67,8 +67,8 @@ struct States {
   }
 };
 
-// One step of x_proj's sums (X_COPIES, x_rows, width) to the grid: the first `rank` rows to dt_low (16 tokens, dt_stride bytes),
-// the next 32 as real B and C to bc (32, 16). `factor` lies in shared memory.
+// One step of x_proj's sums (X_COPIES, x_rows, width) to the grid: the first `rank` rows to dt_low (16 tokens,
+// dt_stride bytes), the next 32 as real B and C to bc (32, 16). `factor` lies in shared memory.
 __device__ __forceinline__ void requantize(const int* x_sums, const float* factor, signed char* dt_low, float* bc,
                                            float scale, float inv_scale, int width, int x_rows, int rank,
                                            int dt_stride) {
@@ -216,7 +216,9 @@ __global__ void __launch_bounds__(INT8 ? SCAN_BLOCK + 96 : SCAN_BLOCK, 1)
 
   copy_block(shared_dt, dt_weight + first * dt_pieces, channels * dt_bytes);
   copy_block(shared_A, A_log2e + first * (STATES / 4), channels * STATES * 4);
-  for (int i = 0; i < 3; i++) copy_block(shared_constants + i * channels, constants + i * d_inner + first, channels * 4);
+  for (int i = 0; i < 3; i++) {
+    copy_block(shared_constants + i * channels, constants + i * d_inner + first, channels * 4);
+  }
   if (order > 1) copy_block(signs, core, sign_count * 4);
   copy_block(shared_factor, x_factor, x_rows * 4);
   commit_copies();
