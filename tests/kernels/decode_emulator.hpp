@@ -295,6 +295,7 @@ inline void begin_arrivals(unsigned long long* word, int count) {
   const Arrivals fresh{0, static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0};
   std::memcpy(word, &fresh, sizeof fresh);
 }
+inline void end_arrivals(unsigned long long* word) { std::memset(word, 0xff, sizeof *word); }
 inline void arrive(unsigned long long* word) {
   Arrivals& arrivals = *reinterpret_cast<Arrivals*>(word);
   if (--arrivals.left == 0) {

@@ -271,6 +271,8 @@ __device__ __forceinline__ void run_wide(const Factors& factors, const Rows& row
       multiply_share<BITS, 96, BY_ROWS>(factors, rows, share, partial);
     }
   }
+  // The block has met behind the last wait; the words may be begun again.
+  for (int i = threadIdx.x; i < PARTS * WORDS_OF_PART; i += blockDim.x) end_arrivals(factors.arrivals + i);
   __syncthreads();
 }
 #endif

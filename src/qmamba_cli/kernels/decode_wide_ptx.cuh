@@ -24,6 +24,10 @@ __device__ __forceinline__ unsigned int shared_address(const void* p) {
 __device__ __forceinline__ void begin_arrivals(unsigned long long* word, int count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(word)), "r"(count) : "memory");
 }
+// Of a word that no thread uses any more.
+__device__ __forceinline__ void end_arrivals(unsigned long long* word) {
+  asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(shared_address(word)) : "memory");
+}
 __device__ __forceinline__ void arrive(unsigned long long* word) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(word)) : "memory");
 }
