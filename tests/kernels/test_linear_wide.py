@@ -6,6 +6,7 @@ from close import assert_exact
 
 from qmamba_cli.kernels.linear import cuda, reference, wide
 from qmamba_cli.kernels.linear.int8_cuda import Epilogue, int8_linear
+from qmamba_cli.kernels.linear.operands import HOPPER
 
 TILE_ROWS = (128, 160, 256)
 # Whole tiles; ragged tokens, rows and columns; rows that no vector store takes; several tiles a block.
@@ -14,7 +15,7 @@ SHAPES = [(512, 1024, 512), (257, 1040, 528), (300, 1030, 592), (1000, 2560, 102
 
 def assert_taken(x: torch.Tensor, weight: torch.Tensor, split: int) -> None:
     """The kernel takes the operands on Hopper and nowhere else."""
-    hopper = torch.cuda.get_device_capability() == wide.CAPABILITY
+    hopper = torch.cuda.get_device_capability() == HOPPER
     assert (wide.choose(x, weight, split) is not None) == hopper
 
 
@@ -76,7 +77,7 @@ def test_same_bits_as_the_reference(torch_rng, tile_rows, tokens, rows, k, kind)
         out_scale=out_scale,
         split=split,
     )
-    if torch.cuda.get_device_capability() != wide.CAPABILITY:
+    if torch.cuda.get_device_capability() != HOPPER:
         assert wide.choose(x.cuda(), weight.cuda(), split) is None
         return
     for blocks in (5, 132):

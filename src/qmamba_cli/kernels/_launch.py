@@ -318,6 +318,23 @@ def byte_tiles(matrix: torch.Tensor, rows: int, columns: int) -> bytes:
     Raises:
         QmambaError: the driver is too old or refuses the matrix.
     """
+    return strided_tiles(matrix, (matrix.shape[1], matrix.shape[0]), (matrix.stride(0),), (columns, rows))
+
+
+def strided_tiles(
+    matrix: torch.Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> bytes:
+    """`byte_tiles` whose rows come in another order: a row is named by up to four numbers, the first fastest.
+
+    Args:
+        matrix: of one byte an element on a GPU, on a 16-byte boundary.
+        sizes: columns, then how many values each number has.
+        strides: bytes from one value of each number to the next, multiples of 16.
+        box: how many of each a tile has, at most 128 columns.
+
+    Raises:
+        QmambaError: the driver is too old or refuses the matrix.
+    """
     encode = getattr(_driver(), "cuTensorMapEncodeTiled", None)
     if encode is None:
         raise QmambaError(
@@ -329,12 +346,12 @@ def byte_tiles(matrix: torch.Tensor, rows: int, columns: int) -> bytes:
     status = encode(
         ctypes.c_void_p(at),
         _MAP_UINT8,
-        2,
+        len(sizes),
         ctypes.c_void_p(matrix.data_ptr()),
-        (wide * 2)(matrix.shape[1], matrix.shape[0]),
-        (wide * 1)(matrix.stride(0)),
-        (short * 2)(columns, rows),
-        (short * 2)(1, 1),
+        (wide * len(sizes))(*sizes),
+        (wide * len(strides))(*strides),
+        (short * len(box))(*box),
+        (short * len(box))(*(1 for _ in box)),
         0,
         _MAP_SWIZZLE_128,
         _MAP_L2_256,

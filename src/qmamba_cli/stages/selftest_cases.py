@@ -175,22 +175,22 @@ def _linear_cases(generator: torch.Generator) -> Iterator[Case]:
             inputs=inputs,
             bytes=tokens * k + rows * k + 4 * tokens * rows,
         )
-    tokens, k, rows = 513, 640, 2064
-    yield Case(
-        operator="linear",
-        variant=f"i8 to i8, {tokens} x {k} x {rows}",
-        exactness=Exactness.EXACT,
-        budget=0.0,
-        call=lambda ops, t: ops.linear(
-            t["x"], t["weight"], x_scale=0.02, weight_scale=t["scale"], out_scale=0.3
-        ),
-        inputs={
-            "x": _codes((tokens, k), generator),
-            "weight": _codes((rows, k), generator),
-            "scale": torch.rand(rows, generator=generator) * 0.01 + 1e-4,
-        },
-        bytes=tokens * k + rows * k + tokens * rows,
-    )
+    for tokens, k, rows in ((513, 640, 2064), (513, 160, 1024)):
+        yield Case(
+            operator="linear",
+            variant=f"i8 to i8, {tokens} x {k} x {rows}",
+            exactness=Exactness.EXACT,
+            budget=0.0,
+            call=lambda ops, t: ops.linear(
+                t["x"], t["weight"], x_scale=0.02, weight_scale=t["scale"], out_scale=0.3
+            ),
+            inputs={
+                "x": _codes((tokens, k), generator),
+                "weight": _codes((rows, k), generator),
+                "scale": torch.rand(rows, generator=generator) * 0.01 + 1e-4,
+            },
+            bytes=tokens * k + rows * k + tokens * rows,
+        )
     yield from _packed_cases(generator)
 
 

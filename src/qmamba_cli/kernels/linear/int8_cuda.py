@@ -8,15 +8,24 @@ import torch
 
 from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.linear import plan as plans
-from qmamba_cli.kernels.linear import wide
+from qmamba_cli.kernels.linear import short, wide
 from qmamba_cli.kernels.linear.interleaved import Interleaved, Weight
-from qmamba_cli.kernels.linear.operands import SOURCE, WARP, aligned, expand, rows_of, triton_kernels
+from qmamba_cli.kernels.linear.operands import (
+    ALIGNMENT,
+    SOURCE,
+    WARP,
+    aligned,
+    expand,
+    rows_of,
+    triton_kernels,
+)
 from qmamba_cli.kernels.linear.packed import PackedInt4
 from qmamba_cli.kernels.linear.plan import SkinnyPlan, TilePlan
+from qmamba_cli.kernels.linear.short import ShortPlan
 from qmamba_cli.kernels.linear.wide import WidePlan
 from qmamba_cli.quant.grid import reciprocal
 
-_Plan: TypeAlias = SkinnyPlan | TilePlan | WidePlan
+_Plan: TypeAlias = SkinnyPlan | TilePlan | WidePlan | ShortPlan
 _BYTES_WARPS = 4
 _BYTES_TOKENS = 8
 _EPILOGUE_THREADS = 256
@@ -56,6 +65,14 @@ class Epilogue:
     def inv_out_scale(self) -> float:
         """Steps a real unit of the int8 outputs."""
         return 0.0 if self.out_scale is None else reciprocal(self.out_scale)
+
+    @property
+    def plain_codes(self) -> torch.Tensor | None:
+        """``codes`` where they are all outputs, without a bias, and vectors fit; else None."""
+        if self.codes is None or self.split or self.bias is not None:
+            return None
+        fit = all(data.data_ptr() % ALIGNMENT == 0 for data in (self.codes, self.weight_scale))
+        return self.codes if fit else None
 
     @property
     def args(self) -> tuple[_launch.Arg, ...]:
@@ -103,9 +120,7 @@ def int8_linear(
         _skinny(flat, weight, end, plan if isinstance(plan, SkinnyPlan) else None)
         return
     dense = expand(weight) if isinstance(weight, PackedInt4) else _launch.contiguous("weight", weight)
-    cut = wide.choose(flat, dense, end.split) if plan is None else plan
-    if isinstance(cut, WidePlan):
-        wide.wide_product(flat, dense, end.args, cut, split=end.split)
+    if _by_warp_groups(flat, dense, end, plan):
         return
     if triton_kernels() is not None and tokens > 1:
         _tiled(flat, dense, end, plan if isinstance(plan, TilePlan) else None)
@@ -115,6 +130,23 @@ def int8_linear(
         _skinny(flat, dense, end, None)
     else:
         _bytes(flat, dense, end)
+
+
+def _by_warp_groups(x: torch.Tensor, weight: torch.Tensor, end: Epilogue, plan: _Plan | None) -> bool:
+    """Run the kernel for Hopper that takes a product; False where none does."""
+    cut = wide.choose(x, weight, end.split) if plan is None else plan
+    if isinstance(cut, WidePlan):
+        wide.wide_product(x, weight, end.args, cut, split=end.split)
+        return True
+    codes = end.plain_codes
+    if codes is None:
+        return False
+    few = short.choose(x, weight) if plan is None else plan
+    if isinstance(few, ShortPlan):
+        scales = {"x_scale": end.x_scale, "inv_out_scale": end.inv_out_scale}
+        short.short_product(x, weight, end.weight_scale, codes, few, **scales)
+        return True
+    return False
 
 
 def _skinny(

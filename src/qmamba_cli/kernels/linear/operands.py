@@ -15,6 +15,11 @@ _DECODE_SOURCE = "decode/decode.cu"
 WARP = 32
 # Bytes of one vector load.
 ALIGNMENT = 16
+# Where there are warp-group products.
+HOPPER = (9, 0)
+# Of `lane_tiles`, as linear_sixteens.cuh has them.
+BLOCK_ROWS, TILE_COLUMNS = 64, 128
+LANE_ROWS = 16
 _EXPAND_THREADS = 256
 # Codes that one thread of `expand_int4` expands.
 _EXPAND_COLUMNS = 32
@@ -36,6 +41,29 @@ def aligned(x: torch.Tensor, weight: torch.Tensor | PackedInt4) -> bool:
         and data.data_ptr() % ALIGNMENT == 0
         and data.is_contiguous()
         and data.is_cuda
+    )
+
+
+@cache
+def is_hopper(device_index: int) -> bool:
+    """Whether a GPU has the instructions of the kernels for Hopper."""
+    return torch.cuda.get_device_capability(device_index) == HOPPER
+
+
+def lane_tiles(weight: torch.Tensor) -> bytes:
+    """Tiles of 64 rows in the order of linear_sixteens.cuh, for the copy engine.
+
+    Args:
+        weight: (rows, k) int8, contiguous; rows and k multiples of 16.
+    """
+    rows, k = weight.shape
+    pair = 2
+    pairs = LANE_ROWS // pair
+    return _launch.strided_tiles(
+        weight,
+        (k, pair, rows // LANE_ROWS, pairs),
+        (k, LANE_ROWS * k, pair * k),
+        (TILE_COLUMNS, pair, BLOCK_ROWS // LANE_ROWS, pairs),
     )
 
 

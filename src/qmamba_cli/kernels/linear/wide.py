@@ -1,13 +1,13 @@
 """int8 products of many tokens on Hopper GPUs: linear_wide.cu has the kernel."""
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from qmamba_cli.kernels import _launch
-from qmamba_cli.kernels.linear.operands import ALIGNMENT, aligned
+from qmamba_cli.kernels.linear.operands import ALIGNMENT, aligned, is_hopper
 
 SOURCE = "linear/linear_wide.cu"
 # Rows of a tile, with the stages that fit, and with its time beside that of 256 rows, by the row, on an H200.
@@ -16,7 +16,6 @@ _TIME = {256: 1.0, 160: 1.08, 128: 1.08}
 # Tiles of other rows store int8 outputs one by one.
 _CODE_ROWS = 64
 ENTRIES: tuple[str, ...] = tuple(f"linear_wide<{rows}>" for rows in _TILE_ROWS)
-CAPABILITY = (9, 0)
 
 _TILE_TOKENS, _STEP_COLUMNS = 128, 128
 _THREADS = 384
@@ -95,15 +94,10 @@ def choose(x: torch.Tensor, weight: torch.Tensor, split: int) -> WidePlan | None
     tokens, k = x.shape
     if tokens < _LEAST_TOKENS or weight.shape[0] < _LEAST_ROWS or k < _LEAST_COLUMNS:
         return None
-    if not (_is_hopper(x.device.index or 0) and k % ALIGNMENT == 0 and aligned(x, weight)):
+    if not (is_hopper(x.device.index or 0) and k % ALIGNMENT == 0 and aligned(x, weight)):
         return None
     rows = weight.shape[0]
     return wide_plan(tokens, rows, _launch.sm_count(x.device), real=split == rows)
-
-
-@cache
-def _is_hopper(device_index: int) -> bool:
-    return torch.cuda.get_device_capability(device_index) == CAPABILITY
 
 
 def wide_product(
