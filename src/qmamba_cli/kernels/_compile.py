@@ -20,6 +20,7 @@ OPERATORS = {
     "embedding": "embedding.cuda",
     "hadamard": "hadamard.cuda",
     "linear": "linear.cuda",
+    "linear_narrow": "linear.narrow",
     "linear_short": "linear.short",
     "linear_wide": "linear.wide",
     "quantize": "quantize.cuda",

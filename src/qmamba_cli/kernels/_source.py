@@ -15,7 +15,7 @@ _OWN_INCLUDE = re.compile(r'^[ \t]*#include[ \t]+"(?P<header>[\w.]+)"[ \t]*$', r
 COMPILE_OPTIONS = ("--std=c++17", "--fmad=false")
 
 # Sources that use what one architecture alone has, with the target that NVRTC needs for it.
-SPECIAL_TARGETS = {"linear/linear_short.cu": "sm_90a", "linear/linear_wide.cu": "sm_90a"}
+SPECIAL_TARGETS = {f"linear/linear_{name}.cu": "sm_90a" for name in ("narrow", "short", "wide")}
 # Sources that run everywhere and use more where their target has it.
 BETTER_TARGETS = {"decode_batch/decode_batch.cu": "sm_90a"}
 

@@ -8,6 +8,8 @@
 
 constexpr int LANE_ROWS = 16, BLOCK_ROWS = 64, TILE_COLUMNS = 128, BLOCK_BYTES = BLOCK_ROWS * TILE_COLUMNS;
 constexpr int GROUP_THREADS = 128, GROUP_TOKENS = 64;
+// Sums of a lane: of 64 rows and 64 tokens a warpgroup.
+constexpr int BLOCK_SUMS = BLOCK_ROWS * GROUP_TOKENS / GROUP_THREADS;
 
 // Copies 128 columns of 64 rows of the weight from this row on; what lies outside becomes zero. operands.py makes the
 // map.
@@ -27,14 +29,14 @@ struct Codes {
   int tokens, rows;
 };
 
-// Rounds the outputs of the 64 rows that are block `block` of the sums: of a lane those from `row` on, of tokens `token`
-// and token + 8. `scales` are those of its 16 rows.
-template <int SUMS>
-__device__ __forceinline__ void round_and_store(const Codes& to, const int (&acc)[SUMS], int block,
-                                                const float4 (&scales)[4], int token, int row) {
-  unsigned int words[2][4];
+// Rounds and stores outputs of a lane, whose sums begin at acc[first]: 4 WORDS rows from `row` on, of tokens `token` and
+// token + 8.
+template <int WORDS, int SUMS>
+__device__ __forceinline__ void round_and_store(const Codes& to, const int (&acc)[SUMS], int first,
+                                                const float4 (&scales)[WORDS], int token, int row) {
+  unsigned int words[2][WORDS];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < WORDS; i++) {
     const float scale[4] = {scales[i].x * to.x_scale, scales[i].y * to.x_scale, scales[i].z * to.x_scale,
                             scales[i].w * to.x_scale};
 #pragma unroll
@@ -42,16 +44,20 @@ __device__ __forceinline__ void round_and_store(const Codes& to, const int (&acc
       float steps[4];
 #pragma unroll
       for (int k = 0; k < 4; k++) {
-        steps[k] = __int2float_rn(acc[32 * block + 8 * i + k / 2 * 4 + 2 * h + k % 2]) * scale[k] * to.inv_out_scale;
+        steps[k] = __int2float_rn(acc[first + 8 * i + k / 2 * 4 + 2 * h + k % 2]) * scale[k] * to.inv_out_scale;
       }
       words[h][i] = qm_four_bytes(steps[0], steps[1], steps[2], steps[3]);
     }
   }
 #pragma unroll
   for (int h = 0; h < 2; h++) {
-    if (token + 8 * h < to.tokens) {
-      *reinterpret_cast<uint4*>(to.codes + static_cast<long long>(token + 8 * h) * to.rows + row) =
-          make_uint4(words[h][0], words[h][1], words[h][2], words[h][3]);
+    signed char* place = to.codes + static_cast<long long>(token + 8 * h) * to.rows + row;
+    if (token + 8 * h >= to.tokens) continue;
+    if constexpr (WORDS == 4) {
+      *reinterpret_cast<uint4*>(place) = make_uint4(words[h][0], words[h][1], words[h][2], words[h][3]);
+    } else {
+      static_assert(WORDS == 2);
+      *reinterpret_cast<uint2*>(place) = make_uint2(words[h][0], words[h][1]);
     }
   }
 }

@@ -175,7 +175,7 @@ def _linear_cases(generator: torch.Generator) -> Iterator[Case]:
             inputs=inputs,
             bytes=tokens * k + rows * k + 4 * tokens * rows,
         )
-    for tokens, k, rows in ((513, 640, 2064), (513, 160, 1024)):
+    for tokens, k, rows in ((513, 640, 2064), (513, 160, 1024), (1025, 2048, 80)):
         yield Case(
             operator="linear",
             variant=f"i8 to i8, {tokens} x {k} x {rows}",

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from qmamba_cli.kernels import _launch
+from qmamba_cli.kernels.linear import narrow, short, wide
 from qmamba_cli.kernels.linear import plan as plans
-from qmamba_cli.kernels.linear import short, wide
 from qmamba_cli.kernels.linear.interleaved import Interleaved, Weight
+from qmamba_cli.kernels.linear.narrow import NarrowPlan
 from qmamba_cli.kernels.linear.operands import (
     ALIGNMENT,
     SOURCE,
@@ -25,7 +26,7 @@ from qmamba_cli.kernels.linear.short import ShortPlan
 from qmamba_cli.kernels.linear.wide import WidePlan
 from qmamba_cli.quant.grid import reciprocal
 
-_Plan: TypeAlias = SkinnyPlan | TilePlan | WidePlan | ShortPlan
+_Plan: TypeAlias = SkinnyPlan | TilePlan | WidePlan | ShortPlan | NarrowPlan
 _BYTES_WARPS = 4
 _BYTES_TOKENS = 8
 _EPILOGUE_THREADS = 256
@@ -141,12 +142,15 @@ def _by_warp_groups(x: torch.Tensor, weight: torch.Tensor, end: Epilogue, plan: 
     codes = end.plain_codes
     if codes is None:
         return False
-    few = short.choose(x, weight) if plan is None else plan
+    scales = {"x_scale": end.x_scale, "inv_out_scale": end.inv_out_scale}
+    few = (short.choose(x, weight) or narrow.choose(x, weight)) if plan is None else plan
     if isinstance(few, ShortPlan):
-        scales = {"x_scale": end.x_scale, "inv_out_scale": end.inv_out_scale}
         short.short_product(x, weight, end.weight_scale, codes, few, **scales)
-        return True
-    return False
+    elif isinstance(few, NarrowPlan):
+        narrow.narrow_product(x, weight, end.weight_scale, codes, few, **scales)
+    else:
+        return False
+    return True
 
 
 def _skinny(

@@ -88,7 +88,7 @@ __device__ __forceinline__ void store_codes(const Codes& to, const int (&acc)[SU
                    : "=f"(own[i].x), "=f"(own[i].y), "=f"(own[i].z), "=f"(own[i].w)
                    : "r"(scales + block * BLOCK_ROWS * 4 + i * 16));
     }
-    round_and_store(to, acc, block, own, token, row + block * BLOCK_ROWS);
+    round_and_store(to, acc, block * BLOCK_SUMS, own, token, row + block * BLOCK_ROWS);
   }
 }
 
