@@ -82,7 +82,7 @@ def test_a_special_target_s_machine_code_is_compiled_once(tmp_path, monkeypatch,
 
     monkeypatch.setattr(_cache, "machine_code", machine_code)
     monkeypatch.setattr(_cache, "require_nvrtc", lambda: SimpleNamespace(getVersion=lambda: (13, 0)))
-    source, entry = "linear/linear_wide.cu", "linear_wide<256>"
+    source, entry = "linear/linear_wide.cu", "linear_wide<256, false>"
     # Below a file there is no folder, for root neither.
     (tmp_path / "file").touch()
     folder = tmp_path / ("cache" if writable else "file") / "deep"

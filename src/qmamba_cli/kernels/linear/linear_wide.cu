@@ -8,17 +8,18 @@
 //   tile      block, block + blocks, ...
 //   order     GROUP tiles of tokens for each tile of rows, so that both stay in the second-level cache
 //   stage     128 rows of x, then BN of the weight, 128 bytes each, swizzled as matrix_descriptor says; zeros behind
-//             the last column, token and row
+//             the last column, token and row. With LANES the weight's rows are in the order of linear_sixteens.cuh
 //
 // Limits: rows of x and of the weight begin on 16-byte boundaries. Source: ours.
 #include "numerics.cuh"
 #include "linear_mma.cuh"
 #include "barriers.cuh"
 #include "linear_wgmma.cuh"
+#include "linear_sixteens.cuh"
 
 constexpr int BM = 128, BK = 128, GROUP = 8;
 constexpr int X_BYTES = BM * BK;
-constexpr int GROUP_THREADS = 128, THREADS = 3 * GROUP_THREADS, GROUP_ROWS = 64;
+constexpr int THREADS = 3 * GROUP_THREADS, GROUP_ROWS = 64;
 
 // wide.py counts the same.
 template <int BN>
@@ -41,7 +42,7 @@ __device__ __forceinline__ void place(const Shape& s, int tile, int& token, int&
 }
 
 // One thread.
-template <int BN>
+template <int BN, bool LANES>
 __device__ __forceinline__ void copy_operands(const Shape& s, const TensorMap& x, const TensorMap& weight,
                                               unsigned int stages, unsigned int full, unsigned int empty) {
   using T = Tile<BN>;
@@ -55,7 +56,14 @@ __device__ __forceinline__ void copy_operands(const Shape& s, const TensorMap& x
       const unsigned int to = stages + stage * T::STAGE_BYTES, barrier = full + 8 * stage;
       arrive_expecting(barrier, T::STAGE_BYTES);
       copy_tile(to, x, step * BK, token, barrier);
-      copy_tile(to + X_BYTES, weight, step * BK, row, barrier);
+      if constexpr (LANES) {
+#pragma unroll
+        for (int block = 0; block < BN / BLOCK_ROWS; block++) {
+          copy_rows(to + X_BYTES + block * BLOCK_BYTES, weight, step * BK, row + block * BLOCK_ROWS, barrier);
+        }
+      } else {
+        copy_tile(to + X_BYTES, weight, step * BK, row, barrier);
+      }
       if (++stage == T::STAGES) stage = 0, parity ^= 1u;
     }
   }
@@ -158,8 +166,24 @@ __device__ __forceinline__ void store_each(const Target& to, const int (&acc)[SU
   }
 }
 
+// The sums of a lane as linear_sixteens.cuh orders them.
+template <int SUMS>
+__device__ __forceinline__ void store_sixteens(const Target& to, const int (&acc)[SUMS], int token, int tokens,
+                                               int row0, int q) {
+  const Codes codes = {to.codes, to.x_scale, to.inv_out_scale, tokens, to.rows};
+#pragma unroll
+  for (int block = 0; block < SUMS / BLOCK_SUMS; block++) {
+    const int row = row0 + block * BLOCK_ROWS + q * LANE_ROWS;
+    if (row >= to.rows) continue;
+    float4 scales[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) scales[i] = __ldg(reinterpret_cast<const float4*>(to.weight_scale + row + 4 * i));
+    round_and_store(codes, acc, block * BLOCK_SUMS, scales, token, row);
+  }
+}
+
 // A multiplying warpgroup.
-template <int BN>
+template <int BN, bool LANES>
 __device__ __forceinline__ void multiply_and_store(const Shape& s, const Target& to, unsigned int stages,
                                                    unsigned int full, unsigned int empty, bool even) {
   using T = Tile<BN>;
@@ -191,6 +215,10 @@ __device__ __forceinline__ void multiply_and_store(const Shape& s, const Target&
     int token, row0;
     place<BN>(s, tile, token, row0);
     token += group * GROUP_ROWS + t / 32 * 16 + lane / 4;
+    if constexpr (LANES) {
+      store_sixteens(to, acc, token, s.tokens, row0, q);
+      continue;
+    }
     if (even && row0 + BN <= min(s.rows, to.split)) {
       store_real(to, acc, token, s.tokens, row0, q);
       continue;
@@ -207,7 +235,8 @@ __device__ __forceinline__ void multiply_and_store(const Shape& s, const Target&
 }
 
 // grid.x: at most one block a multiprocessor. `even`: split and rows are multiples of 16 and all pointers aligned.
-template <int BN>
+// LANES: so they are, all outputs are int8, without a bias, and the weight's map is that of linear_sixteens.cuh.
+template <int BN, bool LANES>
 __global__ void __launch_bounds__(THREADS, 1)
     linear_wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,
                 const float* __restrict__ weight_scale, const float* __restrict__ bias,
@@ -232,10 +261,10 @@ __global__ void __launch_bounds__(THREADS, 1)
   s.down = (tokens + BM - 1) / BM, s.across = (rows + BN - 1) / BN, s.tiles = s.down * s.across;
   if (threadIdx.x < GROUP_THREADS) {
     give_registers<40>();
-    if (threadIdx.x == 0) copy_operands<BN>(s, x, weight, stages, full, empty);
+    if (threadIdx.x == 0) copy_operands<BN, LANES>(s, x, weight, stages, full, empty);
   } else {
     take_registers<232>();
     const Target to = {real, codes, residual, weight_scale, bias, x_scale, inv_out_scale, rows, split};
-    multiply_and_store<BN>(s, to, stages, full, empty, even != 0);
+    multiply_and_store<BN, LANES>(s, to, stages, full, empty, even != 0);
   }
 }

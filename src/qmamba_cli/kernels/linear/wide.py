@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from qmamba_cli.kernels import _launch
-from qmamba_cli.kernels.linear.operands import ALIGNMENT, aligned, is_hopper
+from qmamba_cli.kernels.linear.operands import ALIGNMENT, aligned, is_hopper, lane_tiles
 
 SOURCE = "linear/linear_wide.cu"
 # Rows of a tile, with the stages that fit, and with its time beside that of 256 rows, by the row, on an H200.
@@ -15,7 +15,16 @@ _TILE_ROWS = {256: 4, 160: 6, 128: 6}
 _TIME = {256: 1.0, 160: 1.08, 128: 1.08}
 # Tiles of other rows store int8 outputs one by one.
 _CODE_ROWS = 64
-ENTRIES: tuple[str, ...] = tuple(f"linear_wide<{rows}>" for rows in _TILE_ROWS)
+
+
+def _entry(rows: int, lanes: bool) -> str:
+    return f"linear_wide<{rows}, {'true' if lanes else 'false'}>"
+
+
+ENTRIES: tuple[str, ...] = (
+    *(_entry(rows, False) for rows in _TILE_ROWS),
+    *(_entry(rows, True) for rows in _TILE_ROWS if rows % _CODE_ROWS == 0),
+)
 
 _TILE_TOKENS, _STEP_COLUMNS = 128, 128
 _THREADS = 384
@@ -39,10 +48,13 @@ class WidePlan:
     rows: int
     blocks: int
 
-    @property
-    def entry(self) -> str:
-        """Name expression of the instance."""
-        return f"linear_wide<{self.rows}>"
+    def entry(self, *, lanes: bool) -> str:
+        """Name expression of the instance.
+
+        Args:
+            lanes: all outputs are int8, without a bias, and `lane_tiles` makes the weight's tiles.
+        """
+        return _entry(self.rows, lanes)
 
     @property
     def shared_bytes(self) -> int:
@@ -121,14 +133,16 @@ def wide_product(
     rows = weight.shape[0]
     vectors = [arg for arg in end_args if isinstance(arg, torch.Tensor)]
     even = rows % 16 == 0 and split % 16 == 0 and all(arg.data_ptr() % ALIGNMENT == 0 for arg in vectors)
+    _, bias, *_ = end_args
+    lanes = even and split == 0 and bias is None and plan.rows % _CODE_ROWS == 0
     _launch.launch(
         SOURCE,
-        plan.entry,
+        plan.entry(lanes=lanes),
         grid=(plan.blocks, 1, 1),
         block=(_THREADS, 1, 1),
         args=(
             _launch.byte_tiles(x, _TILE_TOKENS, _STEP_COLUMNS),
-            _launch.byte_tiles(weight, plan.rows, _STEP_COLUMNS),
+            lane_tiles(weight) if lanes else _launch.byte_tiles(weight, plan.rows, _STEP_COLUMNS),
             *end_args,
             np.int32(tokens),
             np.int32(rows),
