@@ -115,3 +115,28 @@ def test_a_graph_s_replay_reads_new_tokens(torch_rng):
     graph.replay()
     expected = reference.linear(x, weight, weight_scale=scale, **given)
     assert_exact("linear_short", got.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.graph
+def test_tokens_of_the_kernel_before_are_waited_for(torch_rng):
+    # x_proj and dt_proj of 2.8b; the second product may start while the first one still runs.
+    x = torch.randint(-128, 128, (1100, 5120), dtype=torch.int8, generator=torch_rng)
+    first, scale = operands(1, 192, 5120, torch_rng)[1:]
+    second, last_scale = operands(1, 5120, 160, torch_rng)[1:]
+    moved = x.cuda()
+    weights = [value.cuda() for value in (first, scale, second, last_scale)]
+
+    def both(ops, x, first, scale, second, last_scale):
+        low = ops.linear(x, first, x_scale=0.02, weight_scale=scale, out_scale=0.11)
+        return ops.linear(low[:, :160], second, x_scale=0.11, weight_scale=last_scale, out_scale=0.07)
+
+    both(cuda, moved, *weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both(cuda, moved, *weights)
+    for turn in range(3):
+        x = x.roll(7 * turn + 1, 0)
+        moved.copy_(x)
+        graph.replay()
+        assert_exact(f"replay {turn}", got.cpu(), both(reference, x, first, scale, second, last_scale))

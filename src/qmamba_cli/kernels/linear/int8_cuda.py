@@ -121,7 +121,7 @@ def int8_linear(
         _skinny(flat, weight, end, plan if isinstance(plan, SkinnyPlan) else None)
         return
     dense = expand(weight) if isinstance(weight, PackedInt4) else _launch.contiguous("weight", weight)
-    if _by_warp_groups(flat, dense, end, plan):
+    if _by_warp_groups(flat, dense, end, plan, overlap=dense is weight):
         return
     if triton_kernels() is not None and tokens > 1:
         _tiled(flat, dense, end, plan if isinstance(plan, TilePlan) else None)
@@ -133,8 +133,13 @@ def int8_linear(
         _bytes(flat, dense, end)
 
 
-def _by_warp_groups(x: torch.Tensor, weight: torch.Tensor, end: Epilogue, plan: _Plan | None) -> bool:
-    """Run the kernel for Hopper that takes a product; False where none does."""
+def _by_warp_groups(
+    x: torch.Tensor, weight: torch.Tensor, end: Epilogue, plan: _Plan | None, *, overlap: bool
+) -> bool:
+    """Run the kernel for Hopper that takes a product; False where none does.
+
+    ``overlap``: no kernel before in the stream writes the weight.
+    """
     cut = wide.choose(x, weight, end.split) if plan is None else plan
     if isinstance(cut, WidePlan):
         wide.wide_product(x, weight, end.args, cut, split=end.split)
@@ -145,7 +150,7 @@ def _by_warp_groups(x: torch.Tensor, weight: torch.Tensor, end: Epilogue, plan: 
     scales = {"x_scale": end.x_scale, "inv_out_scale": end.inv_out_scale}
     few = (short.choose(x, weight) or narrow.choose(x, weight)) if plan is None else plan
     if isinstance(few, ShortPlan):
-        short.short_product(x, weight, end.weight_scale, codes, few, **scales)
+        short.short_product(x, weight, end.weight_scale, codes, few, overlap=overlap, **scales)
     elif isinstance(few, NarrowPlan):
         narrow.narrow_product(x, weight, end.weight_scale, codes, few, **scales)
     else:

@@ -16,6 +16,7 @@
 #include "barriers.cuh"
 #include "linear_wgmma.cuh"
 #include "linear_sixteens.cuh"
+#include "overlap.cuh"
 
 constexpr int WARPS = 4, THREADS = GROUP_THREADS + 32;
 constexpr int X_BYTES = GROUP_TOKENS * TILE_COLUMNS;
@@ -169,6 +170,7 @@ __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS, 1)
   // Sums may be sent to a block that has begun, which the first meeting tells; the second one that all were sent.
   if constexpr (PARTS > 1) arrive_at_cluster();
   if (threadIdx.x >= GROUP_THREADS) {
+    release_dependents();
     if (threadIdx.x == GROUP_THREADS) copy_operands<C>(at, x, weight, first_token, share);
     if constexpr (PARTS > 1) {
       __syncwarp();
@@ -180,6 +182,7 @@ __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS, 1)
   }
   int acc[C::LANE_SUMS];
   multiply_share<C>(acc, at, share);
+  release_dependents();
   const int lane = threadIdx.x % 32, lane_row = lane % 4 * LANE_ROWS;
   const int token = first_token + threadIdx.x / 32 * 16 + lane / 4;
   const Codes to = {codes, x_scale, inv_out_scale, tokens, rows};

@@ -3,7 +3,8 @@
 //
 // A block takes 64 GROUPS tokens and a share of the weight's rows. Four warpgroups keep 64 tokens each in their registers;
 // those with the same tokens take turns with the stages. One thread of a fifth asks for BN rows a stage, as many stages
-// ahead as fit into shared memory.
+// ahead as fit into shared memory; with `overlap` the first while the kernel before still runs, so that what the weight
+// and its scales hold must be older than that.
 //
 //   block     tokens blockIdx.x / parts, share blockIdx.x % parts of the rows
 //   stage     BN rows in pieces of 128 columns, zeros behind the last, in the order of linear_sixteens.cuh; elsewhere
@@ -15,6 +16,7 @@
 #include "barriers.cuh"
 #include "linear_wgmma.cuh"
 #include "linear_sixteens.cuh"
+#include "overlap.cuh"
 
 constexpr int WARPGROUPS = 4, WARPS = 4, THREADS = (WARPGROUPS + 1) * GROUP_THREADS, STEP = 32;
 
@@ -151,6 +153,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     take_registers<112>();
     const int lane = threadIdx.x % 32, warp = threadIdx.x % GROUP_THREADS / 32;
     const int token = (blockIdx.x / parts * GROUPS + group % GROUPS) * GROUP_TOKENS + warp * 16 + lane / 4;
+    wait_for_producers();
     unsigned int a[STEPS][4];
     load_tokens<STEPS>(a, x, x_stride, token, tokens, k, lane % 4);
     const Codes to = {codes, x_scale, inv_out_scale, tokens, rows};

@@ -117,6 +117,7 @@ def short_product(
     *,
     x_scale: float,
     inv_out_scale: float,
+    overlap: bool,
 ) -> None:
     """Multiply int8 operands into int8 outputs.
 
@@ -128,6 +129,8 @@ def short_product(
         plan: the cut.
         x_scale: real units a step of x.
         inv_out_scale: steps a real unit of ``codes``.
+        overlap: the kernel before in the stream may still run while the weight is asked for; it must have
+            written neither the weight nor its scales.
     """
     (tokens, k), rows = x.shape, weight.shape[0]
     _launch.launch(
@@ -150,4 +153,5 @@ def short_product(
         ),
         device=x.device,
         shared_bytes=plan.shared_bytes,
+        overlap=overlap,
     )
