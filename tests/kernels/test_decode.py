@@ -330,9 +330,6 @@ def test_plans_of_published_models(small_block, name, w_bits, batch):
     assert max(sizes) <= memory.block
     # The three kernels of a block share a multiprocessor.
     assert sum(sizes) + 3 * 1024 <= memory.multiprocessor
-    # A warp reads up to 1008 bytes behind its weights.
-    weights = chosen.out_warps * chosen.out_room * packed.out_proj.rows * 64
-    assert sizes[2] >= weights + 1008
     need = -(-packed.in_proj.units // chosen.in_splits)
     assert 1 <= chosen.in_room <= need and chosen.out_room >= 1
     assert (chosen.in_slice == 1) == (chosen.in_room == 1 or (w_bits == 8 and chosen.in_room < need))

@@ -81,23 +81,25 @@ struct Sums {
   int parts[2][TILES][4];
 };
 
-// Where a lane reads its operands of a unit, in shared memory. Behind a unit's last row it reads what follows, up to
-// 1008 bytes, and for tokens behind the last one the last one's: a product's sums of one row and token depend on no
-// other row and token, and theirs are not used.
+// Where a lane reads its operands of a unit, in shared memory. For rows behind a unit's last one it reads an earlier
+// one's, and for tokens behind the last one the last one's: a product's sums of one row and token depend on no other row
+// and token, and theirs are not used.
+template <int TILES>
 struct Places {
   const uint4* piece;               // of row lane / 4
+  int halves[2 * TILES];            // pieces from there to that of 0, 8, 16 and 24 rows more
   const signed char* codes;         // of token lane / 4, the lane's columns of step 0
   const unsigned char* multiplier;  // of row lane / 4
 };
 
 template <int TILES>
-__device__ __forceinline__ void add_unit_w8(const Places& places, int pieces, Sums<TILES>& sums) {
+__device__ __forceinline__ void add_unit_w8(const Places<TILES>& places, int pieces, Sums<TILES>& sums) {
   const uint2* columns = reinterpret_cast<const uint2*>(places.codes);
   const uint2 b0 = columns[0], b1 = columns[4];
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     if (tile > 0 && tile * 2 * WARP >= pieces) break;
-    const uint4 top = places.piece[tile * 2 * WARP], low = places.piece[(tile * 2 + 1) * WARP];
+    const uint4 top = places.piece[places.halves[2 * tile]], low = places.piece[places.halves[2 * tile + 1]];
     multiply_i8(sums.parts[0][tile], top.x, low.x, top.y, low.y, b0.x, b0.y);
     multiply_i8(sums.parts[1][tile], top.z, low.z, top.w, low.w, b1.x, b1.y);
   }
@@ -106,7 +108,7 @@ __device__ __forceinline__ void add_unit_w8(const Places& places, int pieces, Su
 // Nibbles stay in the high half of their byte, where the sign is theirs: every sum is 16 times the true one.
 // FINE: each step of 32 columns has its multiplier, else the unit. `of_tile`: bytes of a tile's multipliers.
 template <int TILES, bool FINE>
-__device__ __forceinline__ void add_unit_w4(const Places& places, int pieces, int of_tile, Sums<TILES>& sums) {
+__device__ __forceinline__ void add_unit_w4(const Places<TILES>& places, int pieces, int of_tile, Sums<TILES>& sums) {
   constexpr unsigned int HIGH = 0xf0f0f0f0u;
   const uint2* columns = reinterpret_cast<const uint2*>(places.codes);
   uint2 b[4];
@@ -115,7 +117,7 @@ __device__ __forceinline__ void add_unit_w4(const Places& places, int pieces, in
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
     if (tile > 0 && tile * 2 * WARP >= pieces) break;
-    const uint4 top4 = places.piece[tile * 2 * WARP], low4 = places.piece[(tile * 2 + 1) * WARP];
+    const uint4 top4 = places.piece[places.halves[2 * tile]], low4 = places.piece[places.halves[2 * tile + 1]];
     const unsigned int top[4] = {top4.x, top4.y, top4.z, top4.w}, low[4] = {low4.x, low4.y, low4.z, low4.w};
     const unsigned char* m = places.multiplier + tile * of_tile;
     int group[2][4] = {};
@@ -144,14 +146,18 @@ __device__ __forceinline__ void multiply_stream(const Stream& stream, const Acti
   const int lane = threadIdx.x % WARP;
   constexpr int UNIT = BITS == 8 ? 64 : 128;
   const int of_unit = multipliers.fine ? 64 : 16, of_tile = multipliers.units * of_unit;
-  Places places;
+  Places<TILES> places;
+#pragma unroll
+  for (int half = 0; half < 2 * TILES; half++) {
+    places.halves[half] = half > 0 && half * WARP + lane < stream.pieces ? half * WARP : 0;
+  }
   places.codes = x.codes + min(lane / 4, x.tokens - 1) * x.stride + 8 * (lane % 4) + first_unit * UNIT;
   places.multiplier = multipliers.values + first_unit * of_unit + lane / 4;
   Sums<TILES> sums = {};
   for (int base = 0; base < stream.count; base += stream.room) {
     if (base > 0) wait_for_copies();
     const int here = min(stream.room, stream.count - base), again = stream.count - base - stream.room;
-    places.piece = stream.slots + lane;
+    places.piece = stream.slots + (lane < stream.pieces ? lane : 0);
 #pragma unroll 1
     for (int slot = 0; slot < here; slot++) {
       if constexpr (BITS == 8) {

@@ -20,8 +20,6 @@ _IN_CONSTANTS = 8
 _TOKEN_PADDING = 32
 # The memory that the driver keeps for each block.
 _RESERVED_BYTES = 1024
-# decode_out reads so far behind a warp's weights.
-_OVERREAD = 1024
 # Channels of one block of decode_rotate.
 ROTATE_WIDTH = 8
 # From this many channels of a thread block on, several sequences of a dynamic conv input gain by counts.
@@ -251,12 +249,11 @@ def _in_bytes(packed: PackedBlock, batch: int, *, meet: bool) -> int:
 
 
 def _out_bytes(packed: PackedBlock, batch: int) -> int:
-    behind = _sum(
+    return _sum(
         _multiplier_bytes(packed.out_proj),
         batch * (packed.d_inner + _TOKEN_PADDING),
         batch * packed.out_proj.rows * 4,
     )
-    return max(behind, _OVERREAD)
 
 
 def _multiplier_bytes(matrix: PackedMatrix) -> int:
