@@ -80,6 +80,16 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
   unsigned int* absmax = carver.take<unsigned int>(8);
   float* scales = carver.take<float>(INPUT == MET ? 4 * tokens : 0);
 
+  const int d_inner = hk * BLOCKS;
+  auto history_of = [&](int token, int i) {
+    return history + (static_cast<long long>(token) * d_inner + blockIdx.x + BLOCKS * i) * (taps - 1);
+  };
+  // Of a static input whole warps take x, others z; else a token's x and z follow each other.
+  constexpr bool APART = INPUT == STATIC;
+  const int own_token = threadIdx.x / (APART ? hk : rows), own_channel = threadIdx.x - own_token * (APART ? hk : rows);
+  const bool owns_history = INPUT != HANDED_ON && own_token < tokens && own_channel < hk;
+  // Before the weights, behind which it would queue.
+  if (APART && owns_history) prefetch_line(history_of(own_token, own_channel));
   // Constants and weights, before anything of the kernels before is needed.
   if constexpr (BITS == 4) {
     copy_block(shared_multipliers, reinterpret_cast<const char*>(multipliers) + blockIdx.x * multiplier_bytes,
@@ -108,13 +118,7 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
     const int token = i / (stride - d_model);
     codes[token * stride + d_model + i - token * (stride - d_model)] = 0;
   }
-  const int d_inner = hk * BLOCKS;
-  auto history_of = [&](int token, int i) {
-    return history + (static_cast<long long>(token) * d_inner + blockIdx.x + BLOCKS * i) * (taps - 1);
-  };
-  const int own_token = threadIdx.x / rows, own_row = threadIdx.x - own_token * rows;
-  const bool owns_history = INPUT != HANDED_ON && own_token < tokens && own_row < hk;
-  if (owns_history) prefetch_line(history_of(own_token, own_row));
+  if (!APART && owns_history) prefetch_line(history_of(own_token, own_channel));
   const NormShare share = norm_share(tokens, d_model);
   const float4* norm_row = reinterpret_cast<const float4*>(residual) + share.token * (d_model / 4);
 
@@ -122,7 +126,7 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
   STAMP(0, 1)
   const Kept kept = fetch_residual(norm_row, share);
   normalize(norm_row, kept, squares, share, codes, partial, tokens, d_model, stride, eps, inv_in_scale);
-  History past = fetch_history(history_of(own_token, own_row), taps, owns_history);
+  History past = fetch_history(history_of(own_token, own_channel), taps, owns_history);
   STAMP(0, 2)
   wait_for_copies();
   __syncthreads();
@@ -139,15 +143,19 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
   const int* conv_taps = reinterpret_cast<const int*>(row_bias + rows);
   const UGrid grid{conv_bias + hk, true_u};
   unsigned int largest = 0u;  // of floats >= 0, the order of their bits
-  for (int item = threadIdx.x; item < tokens * rows; item += blockDim.x) {
-    const int token = token_of(item, rows, tokens), row = item - token * rows;
-    const float value = static_cast<float>(totals[item]) * row_scale[row] + row_bias[row];
+  const int channels = tokens * hk, first_z = (channels + WARP - 1) / WARP * WARP;
+  for (int item = threadIdx.x; item < (APART ? first_z + channels : tokens * rows); item += blockDim.x) {
+    const int index = APART && item >= first_z ? item - first_z : item;
+    if (APART && index >= channels) continue;
+    const int token = token_of(index, APART ? hk : rows, tokens);
+    const int row = APART ? index - token * hk + (item >= first_z ? hk : 0) : index - token * rows;
+    const float value = static_cast<float>(totals[token * rows + row]) * row_scale[row] + row_bias[row];
     if (row >= hk) {
       const float z = qm_dequantize(qm_quantize(value, inv_xz_scale), z_scale);
       u_gate[(token * BLOCKS + blockIdx.x) * 2 * hk + row] = qm_silu(z);
     } else if constexpr (INPUT != STATIC) {
       if constexpr (INPUT == MET) {
-        totals[item] = static_cast<int>(qm_to_bits(value));  // its own sum's place
+        totals[token * rows + row] = static_cast<int>(qm_to_bits(value));  // its own sum's place
       } else {
         x_out[(token * BLOCKS + blockIdx.x) * hk + row] = value;
       }
@@ -184,7 +192,7 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
       const int token = token_of(item, rows, tokens), i = item - token * rows;
       if (i >= hk) continue;
       if (item != static_cast<int>(threadIdx.x)) past = fetch_history(history_of(token, i), taps);
-      const float value = qm_from_bits(static_cast<unsigned int>(totals[item]));
+      const float value = qm_from_bits(static_cast<unsigned int>(totals[token * rows + i]));
       hand_on_u(convolved(conv, past, history_of(token, i), value, token, i), grid, u_codes, u_gate, token, i, hk);
     }
     __syncthreads();
