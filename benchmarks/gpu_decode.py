@@ -46,6 +46,7 @@ SWEEP: tuple[dict[str, int], ...] = (
     {"in_slice": 1, "out_slice": 1},
     {"max_rotated": 0},
     {"max_rotated": 8},
+    {"columns": False},
 )
 REPLACED: tuple[dict[str, int], ...] = (
     {"counted": True},
@@ -62,6 +63,7 @@ PLACES = {
     "decode_scan": ("turn", "x_proj summed", "scan", "H_HK", "counted"),
     "decode_rotate": ("turn", "S_128", "counted"),
     "decode_out": ("turn", "S_128", "weights", "product", "residual", "counted"),
+    "decode_out_columns": ("turn", "S_128", "weights", "product", "counted"),
 }
 
 
@@ -100,11 +102,14 @@ class Model:
 
         def run() -> None:
             for layer, (packed, state) in enumerate(zip(self.layers, states, strict=True)):
+                after, last = self.layers[layer - 1] if layer else None, layer == len(self.layers) - 1
                 if not only:
-                    cuda.decode_block(packed, residual, state, scratch, plan=plan, layer=layer)
+                    cuda.decode_block(
+                        packed, residual, state, scratch, plan=plan, layer=layer, after=after, last=last
+                    )
                     continue
-                for step in steps(packed, residual, state, scratch, plan):
-                    if step.entry.startswith(only):
+                for step in steps(packed, residual, state, scratch, plan, after=after, last=last):
+                    if step.entry.partition("<")[0] == only:
                         launch_steps(cuda.SOURCE, [step], residual.device, overlap=plan.overlap)
 
         moved = sum(packed.nbytes() for packed in self.layers)
@@ -203,14 +208,16 @@ def stamped() -> tuple[Any, dict[str, Any]]:
         code=code, options=COMPILE_OPTIONS, name_expressions=cuda.ENTRIES, backend="nvrtc"
     )
     kernels = {entry: module.get_function(entry) for entry in cuda.ENTRIES}
-    return cupy.ndarray((5, 128, 16), dtype=np.int64, memptr=module.get_global("decode_stamps")), kernels
+    return cupy.ndarray(
+        (len(PLACES), 128, 16), dtype=np.int64, memptr=module.get_global("decode_stamps")
+    ), kernels
 
 
 def phases(model: Model, batch: int) -> None:
     """Print where the last layer's kernels spend their time, median over blocks and replays.
 
     Cycles are between marks of a block's first thread; times are of the device's clock, from the last
-    layer's first decode_in block on.
+    layer's first decode_in block on, before which decode_out_columns of the layer before mostly runs.
     """
     import cupy
     import numpy as np
@@ -316,7 +323,14 @@ def main() -> None:
                 )
                 rows.append({"case": label, "plan": name, "us": median, "floor_us": floor})
             for part in (
-                ("decode_in", "decode_conv", "decode_scan", "decode_rotate", "decode_out")
+                (
+                    "decode_in",
+                    "decode_conv",
+                    "decode_scan",
+                    "decode_rotate",
+                    "decode_out",
+                    "decode_out_columns",
+                )
                 if options.parts
                 else ()
             ):

@@ -20,6 +20,7 @@ COPIED = (
     "decode_weights.cuh",
     "decode_parts.cuh",
     "decode_conv.cuh",
+    "decode_columns.cuh",
     "decode_scan.cuh",
     "decode_unpack.cuh",
     "decode_batch_product.cuh",

@@ -153,16 +153,22 @@ def chain(mode: str, w_bits: int, batch: int, layers: int):
 def test_overlapping_launches_and_graphs_give_the_bits_of_single_launches(mode, w_bits, batch, layers):
     tokens = torch.randn(12, batch, 768, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     results = []
-    for way in ("alone", "ends", "overlapping", "graph", "graph"):
+    for way in ("alone", "rows", "ends", "overlapping", "graph", "graph"):
         blocks, states = chain(mode, w_bits, batch, layers)
         chosen = cuda.default_plan(blocks[0], batch)
-        chosen = dataclasses.replace(chosen, overlap=way != "alone", counted=way not in ("alone", "ends"))
+        assert (chosen.columns is not None) == (batch == 1)
+        if way == "rows":
+            chosen = dataclasses.replace(chosen, columns=None)
+        chosen = dataclasses.replace(chosen, overlap=way != "alone", counted=way in ("overlapping", "graph"))
         scratch = cuda.make_scratch(blocks[0], batch, chosen)
         residual = tokens[0].clone()
 
         def step(blocks=blocks, states=states, residual=residual, scratch=scratch, chosen=chosen, way=way):
             for layer, (block, state) in enumerate(zip(blocks, states, strict=True)):
-                cuda.decode_block(block, residual, state, scratch, plan=chosen, layer=layer)
+                after, last = blocks[layer - 1] if layer else None, layer == len(blocks) - 1
+                cuda.decode_block(
+                    block, residual, state, scratch, plan=chosen, layer=layer, after=after, last=last
+                )
                 if way == "alone":
                     torch.cuda.synchronize()
 

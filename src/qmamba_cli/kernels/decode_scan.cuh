@@ -1,4 +1,4 @@
-// The decode kernel that makes the scan step; include decode_parts.cuh first.
+// The decode kernel that makes the scan step; include decode_columns.cuh first.
 #ifndef QM_DECODE_SCAN_CUH
 #define QM_DECODE_SCAN_CUH
 
@@ -141,11 +141,14 @@ __global__ void __launch_bounds__(SCAN_THREADS)
                 float* y,                          // (tokens, hk, 128) out
                 const float* x_absmax,             // (tokens, 128); dynamic conv input only
                 float* history_scale,              // (tokens, taps - 1) or null, moved on by one token
+                float* residual,                   // (d_model,), to which `out_sums` are added
+                int* out_sums,                     // (d_model,) of decode_out_columns, cleared; or null
+                const float* out_constants,        // (128, 2, out_rows) of the block before
                 const int* before, int* mine, int* stale,  // counters; `stale` are cleared, a line apart
                 float bc_scale, float inv_bc_scale, float dt_scale, float inv_dt_scale, float state_scale,
                 float inv_state_scale,             // 0: float32 states
-                int tokens, int hk, int rank, int x_rows, int copies, int dt_pieces, int taps, int full, int late,
-                int stale_count) {
+                int tokens, int hk, int rank, int x_rows, int copies, int dt_pieces, int taps, int d_model,
+                int out_rows, int full, int late, int stale_count) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Turn turn{before, full, mine, late};
   STAMP(2, 0)
@@ -177,6 +180,10 @@ __global__ void __launch_bounds__(SCAN_THREADS)
       prefetch_line(static_cast<char*>(state) + (token * d_inner + channel) * STATES * state_bytes);
     }
   }
+  const int own_row = block * out_rows + static_cast<int>(threadIdx.x);
+  const bool settles = TOKENS == 1 && out_sums != nullptr && own_row < min(d_model, (block + 1) * out_rows);
+  const float* out_constant = row_constants({out_sums, out_constants, out_rows}, settles ? own_row : 0);
+  const float out_scale = settles ? out_constant[0] : 0.0f, out_bias = settles ? out_constant[out_rows] : 0.0f;
   for (int i = threadIdx.x; i < TOKENS * dt_pieces * 16; i += blockDim.x) dt_low[i] = 0;
   for (int i = threadIdx.x; i < TOKENS * 2 * STATES; i += blockDim.x) bc[i] = 0.0f;
   __syncthreads();
@@ -188,6 +195,8 @@ __global__ void __launch_bounds__(SCAN_THREADS)
   fetch_states<TOKENS>(state, channel * STATES + 2 * n, d_inner * STATES, tokens, inv_state_scale, stored);
   const float* own_u = u_gate + (static_cast<long long>(min(own, tokens - 1)) * BLOCKS + block) * 2 * hk + ch;
   const float u = load_fresh(own_u), gate = load_fresh(own_u + hk);
+  const float old = settles ? load_fresh(residual + own_row) : 0.0f;
+  const int out_sum = settles ? load_fresh(out_sums + own_row) : 0;
   requantize_projections<(TOKENS > 2 ? 4 : 1)>(x_sums, {x_factor, own_factor, bc_scale, inv_bc_scale}, dt_low, bc,
                                                tokens, x_rows, copies, rank, dt_pieces * 16);
   __syncthreads();
@@ -240,6 +249,11 @@ __global__ void __launch_bounds__(SCAN_THREADS)
   const float out = spread_sum<TOKENS>(turned, lane);
   if (n < TOKENS && n < tokens) y[(n * hk + ch) * BLOCKS + block] = out;
 
+  // Every block of decode_in has read both by now.
+  if (settles) {
+    residual[own_row] = settled(old, out_sum, out_scale, out_bias);
+    out_sums[own_row] = 0;
+  }
   // Every block of decode_conv has read the scales by now.
   if (history_scale != nullptr && block == 0) move_scales(x_absmax, history_scale, tokens, taps);
   STAMP(2, 4)

@@ -48,7 +48,7 @@ __device__ __forceinline__ void end_turn(const Turn& turn) {
 // Benchmarks compile with DECODE_STAMPS: the cycle at which thread 0 of a block passed each place of a kernel, and
 // behind them the device's time at the first, second and last one.
 #ifdef DECODE_STAMPS
-__device__ long long decode_stamps[5][128][16];
+__device__ long long decode_stamps[6][128][16];
 #define STAMP(kernel, place)                                                                            \
   if (threadIdx.x == 0 && blockIdx.x < 128 && blockIdx.y == 0) {                                         \
     decode_stamps[kernel][blockIdx.x][place] = cycles();                                                 \

@@ -39,17 +39,21 @@ __device__ __forceinline__ void ask_for(const Stream& stream, int slot, int unit
   }
 }
 
-// Fills the slots, `slice` units at a time with at most two slices under way, so that small messages of the kernels
-// before find a short queue; asks for the rest in the second-level cache.
+// Fills the slots, `slice` units at a time with at most `under_way` (1 or 2) slices on their way, so that small messages
+// of the kernels before find a short queue; asks for the rest in the second-level cache.
 template <int HALVES>
-__device__ __forceinline__ void begin_stream(const Stream& stream, int slice) {
+__device__ __forceinline__ void begin_stream(const Stream& stream, int slice, int under_way) {
   const int kept = min(stream.count, stream.room);
   int left = slice;
   for (int unit = 0; unit < kept; unit++) {
     ask_for<HALVES>(stream, unit, unit);
     if (--left == 0) {
       commit_copies();
-      wait_for_older_copies();
+      if (under_way == 2) {
+        wait_for_older_copies();
+      } else if (unit + 1 < kept) {
+        wait_for_copies();
+      }
       left = slice;
     }
   }

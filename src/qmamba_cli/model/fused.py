@@ -103,7 +103,8 @@ def cuda_blocks(model: Mamba, batch: int) -> list[FusedBlock]:
     plan, scratch = plan_beside_others(packed[0], batch)
 
     def run(layer: int, residual: torch.Tensor, state: DecodeState) -> None:
-        decode_block(packed[layer], residual, state, scratch, plan=plan, layer=layer)
+        after, last = packed[layer - 1] if layer else None, layer == len(packed) - 1
+        decode_block(packed[layer], residual, state, scratch, plan=plan, layer=layer, after=after, last=last)
 
     return [partial(run, layer) for layer in range(len(packed))]
 

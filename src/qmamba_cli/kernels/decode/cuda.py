@@ -8,7 +8,8 @@ import torch
 from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.decode.pack import PackedBlock
 from qmamba_cli.kernels.decode.plan import DecodePlan, InputKind, SharedMemory, in_entry, make_plan
-from qmamba_cli.kernels.decode.steps import DecodeScratch, launch_steps, new_scratch, steps
+from qmamba_cli.kernels.decode.scratch import DecodeScratch, new_scratch
+from qmamba_cli.kernels.decode.steps import launch_steps, steps
 from qmamba_cli.kernels.decode.tensors import BLOCKS, DecodeState
 
 SOURCE = "decode/decode.cu"
@@ -18,6 +19,7 @@ ENTRIES: tuple[str, ...] = (
     *(f"decode_scan<{tokens}>" for tokens in (1, 2, 4, 8)),
     "decode_rotate",
     *(f"decode_out<{bits}, {rotate}>" for bits in (4, 8) for rotate in ("false", "true")),
+    *(f"decode_out_columns<{bits}>" for bits in (4, 8)),
     *(f"decode_unpack<{bits}>" for bits in (4, 8)),
 )
 # Buffers whose kernels' thread blocks meet, one a device: of two such kernels side by side, each could hold
@@ -60,6 +62,8 @@ def decode_block(
     *,
     plan: DecodePlan | None = None,
     layer: int = 0,
+    after: PackedBlock | None = None,
+    last: bool = True,
 ) -> None:
     """One token of one block; `decode.reference.decode_block` on packed weights.
 
@@ -73,6 +77,9 @@ def decode_block(
         plan: how to launch, by default `default_plan`.
         layer: 0, or how many calls with this scratch and residual came directly before this one in the
             stream, the first of them with layer 0. Such a call takes up the last one's result sooner.
+        after: the block of the call before, which was not its model's last one.
+        last: whether the residual is to be whole after this call. Else, with `DecodePlan.columns`, a part of
+            it stays in the scratch for the next call, which names this block as ``after``.
 
     Raises:
         ShapeError: an argument is not as above.
@@ -80,7 +87,7 @@ def decode_block(
     plan = plan or default_plan(packed, residual.shape[0])
     for name, tensor in (("residual", residual), ("state.ssm", state.ssm)):
         _launch.require_cuda(name, tensor)
-    found = steps(packed, residual, state, scratch, plan, layer=layer)
+    found = steps(packed, residual, state, scratch, plan, layer=layer, after=after, last=last)
     launch_steps(SOURCE, found, residual.device, overlap=plan.overlap)
 
 

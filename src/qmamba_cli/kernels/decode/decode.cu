@@ -1,15 +1,20 @@
 // One token of one quantized block for up to 8 sequences, in three kernels (four or five for dynamic conv input or
 // several sequences), chained by programmatic dependent launch.
 //
-//   decode_in      RMSNorm -> int8, in_proj -> x, z; causal conv + SiLU -> u; x_proj, the part of these channels
+//   decode_in      (one token: residual + what decode_out_columns left;) RMSNorm -> int8, in_proj -> x, z; causal
+//                  conv + SiLU -> u; x_proj, the part of these channels
 //   decode_conv    dynamic conv input, where decode_in's blocks cannot meet: its conv and x_proj half
 //   decode_scan    x_proj summed -> int8 dt_low, B, C; dt_proj; scan step; gate; the H_HK half of the Hadamard transform
 //   decode_rotate  several tokens only: the S_128 half -> int8
 //   decode_out     (one or two tokens: the S_128 half -> int8;) out_proj; residual +=
+//   decode_out_columns  the same of one token, but for the last block of a model: out_proj's sums, which the next
+//                  block's decode_in adds to what it reads of the residual, and its decode_scan to the residual
 //
 // Split    128 blocks; block j owns the channels j + 128 i, i < HK = d_inner / 128, in every kernel: 2 HK rows of
 //          in_proj, HK columns of x_proj, HK rows of dt_proj, 16 HK states; and ceil(d_model / 128) rows of out_proj.
 //          H_n = H_HK (x) S_128, so H_HK stays in a block. Only the sums of x_proj, y and the residual cross blocks.
+//          decode_out_columns: a block owns the 128 channels of one i, which are one vector of S_128, so that none is
+//          turned more often than rows are split; its products are added to out_proj's sums.
 // Weights  packed by (block, unit, row): pack.py. Every kernel copies its weights to shared memory before it waits
 //          for the kernels before it, so HBM streams while the chain of small steps runs.
 // State    the references' own layouts, updated in place: conv history (tokens, d_inner, taps - 1) int8, scan state
@@ -29,6 +34,7 @@
 #include "decode_weights.cuh"
 #include "decode_parts.cuh"
 #include "decode_conv.cuh"
+#include "decode_columns.cuh"
 #include "decode_scan.cuh"
 #include "decode_unpack.cuh"
 
@@ -45,6 +51,8 @@ template <int BITS, int INPUT>
 __global__ void __launch_bounds__(IN_THREADS, 2)
     decode_in(const float* residual,           // (tokens, d_model)
               const float* squares,            // (tokens, 128) of decode_out, or null
+              const int* out_sums,             // (d_model,) of decode_out_columns, to be added to one token; or null
+              const float* out_constants,      // (128, 2, out_rows) of the block before
               const uint4* weight,             // (128, tiles, units, 16 rows, 64 bytes)
               const uint4* multipliers,        // (128, tiles, units, 1 or 4, 16) bytes; null for W8
               const uint4* constants,          // (128, 8, hk) words
@@ -58,8 +66,8 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
               const int* before, int* mine,    // counters
               float eps, float inv_in_scale,   // of the norm's output
               float inv_xz_scale, float z_scale, int true_u, int tokens, int d_model,
-              int hk, int taps, int x_rows, int copies, int units, int fine, int splits, int room, int slice,
-              int full, int late) {
+              int hk, int taps, int x_rows, int copies, int units, int fine, int splits, int room, int slice, int under_way,
+              int out_rows, int full, int late) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Turn turn{before, full, mine, late};
   STAMP(0, 0)
@@ -110,7 +118,7 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
   stream.slots = slots + warp * room * 64;
   stream.from = weight + (static_cast<long long>(blockIdx.x) * rows + tile * 16) * units * 4 +
                 first_unit * stream.pieces;
-  begin_stream<2>(stream, slice);
+  begin_stream<2>(stream, slice, under_way);
   for (int i = threadIdx.x; i < tokens * rows; i += blockDim.x) totals[i] = 0;
   if (threadIdx.x < 8) absmax[threadIdx.x] = 0u;
   // Columns behind the last one are zero in the weight and must be finite here.
@@ -121,10 +129,15 @@ __global__ void __launch_bounds__(IN_THREADS, 2)
   if (!APART && owns_history) prefetch_line(history_of(own_token, own_channel));
   const NormShare share = norm_share(tokens, d_model);
   const float4* norm_row = reinterpret_cast<const float4*>(residual) + share.token * (d_model / 4);
+  const Pending pending{out_sums, out_constants, out_rows};
+  // Of one token a thread has one vector at most: plan.py.
+  const bool settles = out_sums != nullptr && share.first < share.vectors;
+  const FourConstants four = constants_of_four(pending, share.first, settles);
 
   await_turn(turn);
   STAMP(0, 1)
-  const Kept kept = fetch_residual(norm_row, share);
+  Kept kept = fetch_residual(norm_row, share);
+  if (settles) settle_four(kept.vectors[0], pending, share.first, four);
   normalize(norm_row, kept, squares, share, codes, partial, tokens, d_model, stride, eps, inv_in_scale);
   History past = fetch_history(history_of(own_token, own_channel), taps, owns_history);
   STAMP(0, 2)
@@ -271,7 +284,7 @@ __global__ void __launch_bounds__(OUT_THREADS, 2)
   stream.room = room;
   stream.slots = slots + warp * room * stream.pieces;
   stream.from = weight + (static_cast<long long>(blockIdx.x) * units + first_unit) * stream.pieces;
-  begin_stream<4>(stream, slice);
+  begin_stream<4>(stream, slice, 2);
   for (int i = threadIdx.x; i < tokens * rows; i += blockDim.x) totals[i] = 0;
   const int own_token = threadIdx.x / rows, own_row = threadIdx.x - own_token * rows;
   const int own_column = blockIdx.x * rows + own_row;

@@ -4,16 +4,20 @@ A kernel's blocks sit beside those of the kernels before it on a multiprocessor 
 meanwhile, so the shared memory of decode_in, decode_scan and decode_out should fit together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.decode.pack import STATES, PackedBlock, PackedMatrix
+from qmamba_cli.kernels.decode.tensors import BLOCKS
 
 WARP = 32
 MAX_WARPS = 20
 MAX_OUT_WARPS = 16
+# Of decode_out_columns, to aim at: of its blocks there are fewer than multiprocessors on the largest devices.
+_COLUMN_WARPS = 14
+_COLUMN_BLOCKS = 132
 _TILE = 16
 _UNIT_BYTES = 64  # of one row
 _IN_CONSTANTS = 8
@@ -27,6 +31,21 @@ _COUNTED_FROM = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnPlan:
+    """How decode_out_columns is launched.
+
+    Attributes:
+        groups: parts of the rows of out_proj; every vector of 128 channels has that many blocks.
+        warps: of a block, one a part of its tiles of 16 rows.
+        room: tiles of a warp that fit in shared memory at a time.
+    """
+
+    groups: int
+    warps: int
+    room: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePlan:
     """One way to launch the kernels; every plan computes the same bits.
 
@@ -35,6 +54,7 @@ class DecodePlan:
         in_warps: warps of decode_in, at least tiles times in_splits and one a token.
         in_room: units of a warp that fit in shared memory at a time.
         in_slice: units of a warp that are asked for at a time before the block's turn.
+        in_under_way: slices of a warp that are on their way at a time, 1 or 2.
         out_warps: warps of decode_out, one a part of a row.
         out_room: as in_room.
         out_slice: as in_slice.
@@ -49,6 +69,8 @@ class DecodePlan:
         counted: from the second block of a model on, kernels wait for the count of finished blocks of the
             kernel before, not for its end.
         shared_squares: decode_out adds up the squares of its part of the residual for the next decode_in.
+        columns: how all blocks of a model but the last take out_proj of one token by columns, or None where
+            decode_out takes every block's by rows.
     """
 
     in_splits: int
@@ -66,6 +88,8 @@ class DecodePlan:
     overlap: bool = True
     counted: bool = False
     shared_squares: bool = False
+    in_under_way: int = 2
+    columns: ColumnPlan | None = None
 
 
 class InputKind(IntEnum):
@@ -107,6 +131,7 @@ def make_plan(
     out_slice: int = 0,
     max_rotated: int = 2,
     meet: bool = False,
+    columns: bool = True,
 ) -> DecodePlan:
     """A plan for one block and batch size.
 
@@ -116,10 +141,12 @@ def make_plan(
         memory: shared memory of the device, default that of compute capability 9.0.
         in_warps: warps of decode_in to aim at.
         out_warps: warps of decode_out to aim at.
-        in_slice: units a slice; 0 asks for everything at once where it fits, else for W8 units one by one.
+        in_slice: units a slice; 0 takes one where out_proj is taken by columns, and where not all fits in W8;
+            else it asks for everything at once.
         out_slice: units a slice; 0 asks for everything at once.
         max_rotated: the largest batch whose tokens every block of decode_out turns itself.
         meet: as in the plan.
+        columns: whether one token's out_proj may be taken by columns.
 
     Raises:
         ShapeError: a block does not fit in the device's shared memory.
@@ -152,7 +179,7 @@ def make_plan(
     in_room, out_room = _rooms(of_in, of_out, matrices, memory)
     # The rest waits in the second-level cache, for which small messages should not queue.
     one_by_one = matrix.bits == 8 and in_room < of_in.need
-    return DecodePlan(
+    plan = DecodePlan(
         in_splits=in_splits,
         in_warps=warps,
         in_room=in_room,
@@ -164,6 +191,65 @@ def make_plan(
         meet=meet,
         counted=packed.columns.dynamic_input and batch > 2 and packed.hk >= _COUNTED_FROM,
         shared_squares=batch > 2,
+    )
+    # A thread of decode_in has four neighbours of the residual at most.
+    columns = columns and batch == 1 and packed.d_model <= 4 * WARP * MAX_WARPS
+    return by_columns(plan, packed, memory, in_slice=in_slice or 1) if columns else plan
+
+
+def by_columns(
+    plan: DecodePlan,
+    packed: PackedBlock,
+    memory: SharedMemory | None = None,
+    *,
+    warps: int = _COLUMN_WARPS,
+    blocks: int = _COLUMN_BLOCKS,
+    in_slice: int = 1,
+) -> DecodePlan:
+    """The plan of one token with out_proj by columns; the one given where the device has too little memory.
+
+    Args:
+        plan: by rows, for one token and a d_model up to 2560.
+        packed: the block; only its sizes count.
+        memory: shared memory of the device, default that of compute capability 9.0.
+        warps: warps of decode_out_columns to aim at.
+        blocks: thread blocks of it to aim at.
+        in_slice: as in the plan.
+    """
+    memory = memory or SharedMemory()
+    matrix, out = packed.in_proj, packed.out_proj
+    tiles = -(-matrix.rows // _TILE)
+    out_tiles = packed.d_model // _TILE
+    groups = max(1, min(out_tiles, blocks // packed.hk))
+    of_block = -(-out_tiles // groups)
+    parts = _even_parts(of_block, max(1, min(warps, MAX_OUT_WARPS)))
+    of_in = _Weights(
+        kernel="decode_in",
+        need=-(-matrix.units // plan.in_splits),
+        unit=tiles * plan.in_splits * _TILE * _UNIT_BYTES,
+        fixed=_in_bytes(packed, 1, meet=plan.meet),
+    )
+    of_columns = _Weights(
+        kernel="decode_out_columns",
+        need=-(-of_block // parts),
+        unit=parts * _tile_bytes(out),
+        fixed=_column_bytes(out, of_block, parts),
+    )
+    free = memory.multiprocessor - 2 * _RESERVED_BYTES
+    free -= _small_bytes(packed, 1, rotate=plan.rotate_in_out, meet=plan.meet)
+    if of_columns.total(1) > memory.block or of_in.total(1) + of_columns.total(1) > free:
+        return plan
+    room, in_room = _rooms(of_columns, of_in, free, memory)
+    of_out = plan.out_warps * out.rows * _UNIT_BYTES
+    out_room = (free - of_in.total(in_room) - _out_bytes(packed, 1)) // of_out
+    return replace(
+        plan,
+        in_warps=max(plan.in_warps, -(-packed.d_model // (4 * WARP))),
+        in_room=in_room,
+        in_slice=in_slice,
+        in_under_way=1 if in_room == of_in.need else 2,
+        out_room=max(1, min(plan.out_room, out_room)),
+        columns=ColumnPlan(groups=groups, warps=parts, room=room),
     )
 
 
@@ -179,18 +265,17 @@ class _Weights(NamedTuple):
         return self.fixed + room * self.unit
 
 
-def _rooms(of_in: _Weights, of_out: _Weights, matrices: int, memory: SharedMemory) -> tuple[int, int]:
-    """Units of a warp that fit: the same share of each kernel's, then one more where it fits."""
-    free = matrices - of_in.fixed - of_out.fixed
-    share = min(1.0, free / (of_in.need * of_in.unit + of_out.need * of_out.unit))
-    in_room = _room(of_in, share, memory.block)
-    out_room = _room(of_out, share, memory.block)
-    left = free - in_room * of_in.unit - out_room * of_out.unit
-    if in_room < of_in.need and of_in.unit <= left and of_in.total(in_room + 1) <= memory.block:
-        in_room, left = in_room + 1, left - of_in.unit
-    if out_room < of_out.need and of_out.unit <= left and of_out.total(out_room + 1) <= memory.block:
-        out_room += 1
-    return in_room, out_room
+def _rooms(one: _Weights, other: _Weights, matrices: int, memory: SharedMemory) -> tuple[int, int]:
+    """Units of a warp that fit: the same share of each kernel's, then one more, first of ``one``."""
+    free = matrices - one.fixed - other.fixed
+    share = min(1.0, free / (one.need * one.unit + other.need * other.unit))
+    room, other_room = _room(one, share, memory.block), _room(other, share, memory.block)
+    left = free - room * one.unit - other_room * other.unit
+    if room < one.need and one.unit <= left and one.total(room + 1) <= memory.block:
+        room, left = room + 1, left - one.unit
+    if other_room < other.need and other.unit <= left and other.total(other_room + 1) <= memory.block:
+        other_room += 1
+    return room, other_room
 
 
 def _small_bytes(packed: PackedBlock, batch: int, *, rotate: bool, meet: bool) -> int:
@@ -227,6 +312,13 @@ def out_bytes(packed: PackedBlock, batch: int, plan: DecodePlan) -> int:
     return max(plan.out_least, weights + _out_bytes(packed, batch))
 
 
+def column_bytes(packed: PackedBlock, columns: ColumnPlan) -> int:
+    """Dynamic shared memory of decode_out_columns."""
+    tiles = -(-(packed.d_model // _TILE) // columns.groups)
+    weights = columns.warps * columns.room * _tile_bytes(packed.out_proj)
+    return weights + _column_bytes(packed.out_proj, tiles, columns.warps)
+
+
 def scan_tokens(batch: int) -> int:
     """The batch rounded up to a power of two, for which decode_scan has an instance."""
     return 1 << (batch - 1).bit_length()
@@ -254,6 +346,16 @@ def _out_bytes(packed: PackedBlock, batch: int) -> int:
         batch * (packed.d_inner + _TOKEN_PADDING),
         batch * packed.out_proj.rows * 4,
     )
+
+
+def _tile_bytes(out: PackedMatrix) -> int:
+    """Of 16 rows and 128 columns."""
+    return _TILE * BLOCKS * out.bits // 8
+
+
+def _column_bytes(out: PackedMatrix, tiles: int, warps: int) -> int:
+    multipliers = 0 if out.multipliers is None else _TILE * (4 if out.fine else 1)
+    return _sum(BLOCKS, warps * -(-tiles // warps) * multipliers)
 
 
 def _multiplier_bytes(matrix: PackedMatrix) -> int:

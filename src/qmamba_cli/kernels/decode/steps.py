@@ -11,44 +11,14 @@ from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels._launch import Arg, launch
 from qmamba_cli.kernels.decode import plan as planning
 from qmamba_cli.kernels.decode.pack import STATES, PackedBlock, PackedMatrix
-from qmamba_cli.kernels.decode.plan import ROTATE_WIDTH, DecodePlan, InputKind
+from qmamba_cli.kernels.decode.plan import ROTATE_WIDTH, ColumnPlan, DecodePlan, InputKind
+from qmamba_cli.kernels.decode.scratch import COUNTER_STRIDE, COUNTERS, SETS, DecodeScratch, counter_of
 from qmamba_cli.kernels.decode.tensors import BLOCKS, DecodeState, Sizes, check_state
 from qmamba_cli.quant.grid import reciprocal
 
 _CONV_THREADS = 256
 _ALIGNMENT = 16
-# Counters of finished blocks: two sets, taken in turn by the blocks of a model; one a kernel, a line apart.
-_SETS = 2
-_COUNTERS = ("decode_in", "decode_conv", "decode_scan", "decode_rotate", "decode_out")
-_COUNTER_STRIDE = 32
 _LANES = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
-class DecodeScratch:
-    """What the kernels hand to each other; one for all blocks of a model, in one stream.
-
-    Attributes:
-        x_sums: (copies, b, x_rows) int32, zero between steps.
-        u_gate: (b, 128, 2, hk) float32.
-        y: (b, hk, 128) float32.
-        codes: (b, d_inner) int8, or None where decode_out turns y itself.
-        x: (b, 128, hk) float32, or None but for decode_conv.
-        x_absmax: (b, 128) float32, or None for a static conv input; where thread blocks meet, the bits of -1
-            between steps.
-        squares: (b, 128) float32, the blocks' shares of the residual's sum of squares, or None where every
-            block of decode_in takes the whole sum.
-        counters: (2, 5, 32) int32, blocks that have finished.
-    """
-
-    x_sums: torch.Tensor
-    u_gate: torch.Tensor
-    y: torch.Tensor
-    codes: torch.Tensor | None
-    x: torch.Tensor | None
-    x_absmax: torch.Tensor | None
-    squares: torch.Tensor | None
-    counters: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,26 +54,6 @@ def launch_steps(source: str, steps: Iterable[Step], device: torch.device, *, ov
         )
 
 
-def new_scratch(packed: PackedBlock, batch: int, plan: DecodePlan) -> DecodeScratch:
-    """Buffers for every block of the sizes and columns of ``packed``, on its device."""
-    hk, device = packed.hk, packed.device
-    dynamic = packed.columns.dynamic_input
-    return DecodeScratch(
-        x_sums=torch.zeros(plan.copies, batch, packed.x_rows, dtype=torch.int32, device=device),
-        u_gate=torch.empty(batch, BLOCKS, 2, hk, device=device),
-        y=torch.empty(batch, hk, BLOCKS, device=device),
-        codes=None
-        if plan.rotate_in_out
-        else torch.empty(batch, packed.d_inner, dtype=torch.int8, device=device),
-        x=torch.empty(batch, BLOCKS, hk, device=device) if dynamic and not plan.meet else None,
-        x_absmax=torch.full((batch, BLOCKS), -1, dtype=torch.int32, device=device).view(torch.float32)
-        if dynamic
-        else None,
-        squares=torch.empty(batch, BLOCKS, device=device) if plan.shared_squares else None,
-        counters=torch.zeros(_SETS, len(_COUNTERS), _COUNTER_STRIDE, dtype=torch.int32, device=device),
-    )
-
-
 def steps(
     packed: PackedBlock,
     residual: torch.Tensor,
@@ -112,8 +62,10 @@ def steps(
     plan: DecodePlan,
     *,
     layer: int = 0,
+    after: PackedBlock | None = None,
+    last: bool = True,
 ) -> tuple[Step, ...]:
-    """The launches of one block, in order.
+    """The launches of one block, in order; arguments as of `cuda.decode_block`.
 
     Raises:
         ShapeError: an argument is not as `decode_block` documents it.
@@ -134,19 +86,34 @@ def steps(
         raise ShapeError("decode: `scratch` is for another plan")
     if plan.rotate_in_out != (scratch.codes is None) or plan.shared_squares != (scratch.squares is not None):
         raise ShapeError("decode: `scratch` is for another plan")
-    kernels = [name for name in _COUNTERS if name not in _left_out(packed, plan)]
+    if (plan.columns is not None) != (scratch.out_sums is not None):
+        raise ShapeError("decode: `scratch` is for another plan")
+    kernels = [name for name in COUNTERS if name not in _left_out(packed, plan)]
     blocks = {name: BLOCKS for name in kernels} | {"decode_rotate": -(-packed.hk // ROTATE_WIDTH) * batch}
+    if plan.columns and after:
+        blocks["decode_out"] = packed.hk * plan.columns.groups  # for this block's decode_in to wait for
     turns = dict(zip(kernels, _turns(kernels, blocks, scratch, plan, layer), strict=True))
+    left = _Left(scratch.out_sums, after.out_constants) if plan.columns and after else _Left(None, None)
     squares = scratch.squares if layer > 0 else None
-    chain = [_in_step(packed, residual, state, scratch, plan, turns["decode_in"], squares)]
+    chain = [_in_step(packed, residual, state, scratch, plan, turns["decode_in"], squares, left)]
     if "decode_conv" in turns:
         chain.append(_conv_step(packed, state, scratch, plan, turns["decode_conv"]))
-    stale = scratch.counters if layer == 0 else scratch.counters[(layer - 1) % _SETS]
-    chain.append(_scan_step(packed, state, scratch, plan, turns["decode_scan"], stale))
+    stale = scratch.counters if layer == 0 else scratch.counters[(layer - 1) % SETS]
+    chain.append(_scan_step(packed, state, scratch, plan, turns["decode_scan"], stale, residual, left))
     if "decode_rotate" in turns:
         chain.append(_rotate_step(packed, scratch, batch, turns["decode_rotate"]))
-    chain.append(_out_step(packed, residual, scratch, plan, turns["decode_out"]))
+    if plan.columns and not last:
+        chain.append(_columns_step(packed, scratch, plan, plan.columns, turns["decode_out"]))
+    else:
+        chain.append(_out_step(packed, residual, scratch, plan, turns["decode_out"]))
     return tuple(chain)
+
+
+class _Left(NamedTuple):
+    """What the block before left to be added to the residual: out_proj's sums, scale and bias; or nothing."""
+
+    sums: torch.Tensor | None
+    constants: torch.Tensor | None
 
 
 class _Turn(NamedTuple):
@@ -178,19 +145,15 @@ def _turns(
     for i, name in enumerate(kernels):
         last = i == len(kernels) - 1
         if layer == 0:
-            yield _Turn(None, _counter(scratch, 0, name) if last else None, 0, late=last)
+            yield _Turn(None, counter_of(scratch, 0, name) if last else None, 0, late=last)
             continue
         previous, of_layer = (kernels[i - 1], layer) if i else (kernels[-1], layer - 1)
         yield _Turn(
-            _counter(scratch, of_layer, previous),
-            _counter(scratch, layer, name),
+            counter_of(scratch, of_layer, previous),
+            counter_of(scratch, layer, name),
             blocks[previous],
             late=i == 0,
         )
-
-
-def _counter(scratch: DecodeScratch, layer: int, kernel: str) -> torch.Tensor:
-    return scratch.counters[layer % _SETS, _COUNTERS.index(kernel)]
 
 
 def _in_step(
@@ -201,6 +164,7 @@ def _in_step(
     plan: DecodePlan,
     turn: _Turn,
     squares: torch.Tensor | None,
+    left: _Left,
 ) -> Step:
     scales, matrix = packed.scales, packed.in_proj
     batch = residual.shape[0]
@@ -211,6 +175,7 @@ def _in_step(
         args=(
             residual,
             squares,
+            *left,
             matrix.weight,
             matrix.multipliers,
             packed.in_constants,
@@ -242,6 +207,8 @@ def _in_step(
                 plan.in_splits,
                 plan.in_room,
                 plan.in_slice,
+                plan.in_under_way,
+                packed.out_proj.rows,
                 turn.full,
                 turn.late,
             ),
@@ -283,6 +250,8 @@ def _scan_step(
     plan: DecodePlan,
     turn: _Turn,
     stale: torch.Tensor,
+    residual: torch.Tensor,
+    left: _Left,
 ) -> Step:
     scales, batch = packed.scales, state.ssm.shape[0]
     int8_state = packed.columns.int8_state
@@ -302,6 +271,8 @@ def _scan_step(
             scratch.y,
             scratch.x_absmax,
             state.conv.scale,
+            residual,
+            *left,
             turn.before,
             turn.mine,
             stale,
@@ -314,7 +285,8 @@ def _scan_step(
                 reciprocal(scales.ssm_state) if int8_state else 0.0,
             ),
             *_ints(batch, packed.hk, packed.rank, packed.x_rows, plan.copies, packed.dt_pieces, packed.taps),
-            *_ints(turn.full, turn.late, stale.numel() // _COUNTER_STRIDE),
+            *_ints(packed.d_model, packed.out_proj.rows),
+            *_ints(turn.full, turn.late, stale.numel() // COUNTER_STRIDE),
         ),
         shared_bytes=planning.scan_bytes(packed, batch),
     )
@@ -374,6 +346,32 @@ def _out_step(
             ),
         ),
         shared_bytes=planning.out_bytes(packed, batch, plan),
+    )
+
+
+def _columns_step(
+    packed: PackedBlock, scratch: DecodeScratch, plan: DecodePlan, columns: ColumnPlan, turn: _Turn
+) -> Step:
+    matrix: PackedMatrix = packed.out_proj
+    return Step(
+        entry=f"decode_out_columns<{matrix.bits}>",
+        grid=(packed.hk * columns.groups, 1, 1),
+        threads=columns.warps * planning.WARP,
+        args=(
+            scratch.y,
+            matrix.weight,
+            matrix.multipliers,
+            scratch.out_sums,
+            scratch.x_sums,
+            scratch.x_absmax if plan.meet else None,
+            turn.before,
+            turn.mine,
+            *_ints(scratch.x_sums.numel()),
+            *_floats(packed.rotation_factor),
+            *_ints(packed.d_model, packed.hk, matrix.rows, matrix.units, matrix.fine, columns.groups),
+            *_ints(columns.room, turn.full, turn.late),
+        ),
+        shared_bytes=planning.column_bytes(packed, columns),
     )
 
 
