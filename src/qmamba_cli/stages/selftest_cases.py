@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -346,36 +347,40 @@ def _codes(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 
 def _decode_cases(generator: torch.Generator) -> Iterator[Case]:
-    """The fused step of one block and token; int8 values inside it may fall one step off."""
-    d_model, d_inner, batch = 768, 1536, 2
-    residual = torch.randn(batch, d_model, generator=generator)
-    for w_bits, dynamic in ((8, False), (4, False), (4, True)):
+    """The fused step of one token; int8 values inside it may fall one step off."""
+    d_model = 768
+    chains = ((2, 1), (1, 2))  # rows, blocks
+    for (batch, blocks), (w_bits, dynamic) in product(chains, ((8, False), (4, False), (4, True))):
+        residual = torch.randn(batch, d_model, generator=generator)
         columns = DecodeColumns(dynamic_input=dynamic, true_u=dynamic, int8_state=not dynamic)
+        scale = "a scale a token" if dynamic else "one scale"
         yield Case(
             operator="decode_block",
-            variant=f"W{w_bits}A8, {'a scale a token' if dynamic else 'one scale'}, {batch} rows",
+            variant=f"W{w_bits}A8, {scale}, {batch} rows, {blocks} deep",
             exactness=Exactness.REAL,
             budget=1e-3,
             call=lambda _ops, step: step(),
             inputs={"residual": residual},
-            bytes=3 * d_model * d_inner * w_bits // 8,
-            prepare=partial(_decode_step, w_bits=w_bits, columns=columns, d_inner=d_inner),
+            bytes=blocks * 6 * d_model**2 * w_bits // 8,
+            prepare=partial(_decode_step, blocks=blocks, w_bits=w_bits, columns=columns),
         )
 
 
 def _decode_step(
-    ops: Backend, t: dict[str, torch.Tensor], *, w_bits: int, columns: DecodeColumns, d_inner: int
+    ops: Backend, t: dict[str, torch.Tensor], *, blocks: int, w_bits: int, columns: DecodeColumns
 ) -> Callable[[], torch.Tensor]:
-    """The residual after one token; a later call goes on from the state that the last one left."""
+    """The residual after equal blocks; a later call goes on from the states that the last one left."""
     given = t["residual"]
-    batch, d_model = given.shape
+    (batch, d_model), d_inner = given.shape, 2 * given.shape[1]
     block = samples.random_block(d_model=d_model, d_inner=d_inner, dt_rank=48, w_bits=w_bits, seed=_SEED)
-    state = samples.random_state(batch=batch, d_inner=d_inner, columns=columns, seed=_SEED)
+    state = partial(samples.random_state, batch=batch, d_inner=d_inner, columns=columns)
+    states = [state(seed=_SEED + i) for i in range(blocks)]
     if ops.name == "cpu":
 
         def on_cpu() -> torch.Tensor:
             residual = given.clone()
-            reference.decode_block(block, samples.SCALES, columns, residual, state, norm_eps=1e-5)
+            for its in states:
+                reference.decode_block(block, samples.SCALES, columns, residual, its, norm_eps=1e-5)
             return residual
 
         return on_cpu
@@ -383,11 +388,13 @@ def _decode_step(
     from qmamba_cli.kernels.decode.pack import pack_block
 
     packed = pack_block(samples.to_device(block, ops.device), samples.SCALES, columns, norm_eps=1e-5)
-    scratch, on_gpu = cuda.make_scratch(packed, batch), samples.to_device(state, ops.device)
+    scratch, on_gpu = cuda.make_scratch(packed, batch), [samples.to_device(s, ops.device) for s in states]
 
     def step() -> torch.Tensor:
         residual = given.clone()
-        cuda.decode_block(packed, residual, on_gpu, scratch)
+        for layer, its in enumerate(on_gpu):
+            after, last = packed if layer else None, layer == blocks - 1
+            cuda.decode_block(packed, residual, its, scratch, layer=layer, after=after, last=last)
         return residual
 
     return step
