@@ -1,5 +1,11 @@
 """What counts as a clean run under compute-sanitizer."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import sanitize
 
 JUNIT = '<testsuites><testsuite errors="0" failures="{failed}" skipped="2" tests="9"/></testsuites>'
@@ -39,3 +45,25 @@ def test_every_gpu_test_but_the_large_takes_part():
         "gpu and not large and not graph",
         "gpu and not large and graph",
     }
+
+
+def test_ending_it_ends_the_tool_and_its_children(tmp_path):
+    told = tmp_path / "told"
+    script = (
+        "import os, signal, sys, sanitize\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        f"tool = ['bash', '-c', 'sleep 600 & echo $! > {told}; wait']\n"
+        "sanitize._run_with_children(tool, dict(os.environ), sys.stdout)\n"
+    )
+    here = {**os.environ, "PYTHONPATH": str(Path(sanitize.__file__).parent)}
+    with subprocess.Popen([sys.executable, "-c", script], env=here) as process:
+        while not (told.is_file() and told.read_text().strip()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=30) == 1
+    child = Path("/proc") / told.read_text().strip() / "stat"
+    deadline = time.monotonic() + 30
+    while child.is_file() and child.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
