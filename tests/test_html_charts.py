@@ -4,7 +4,7 @@ import math
 
 import pytest
 from html_checks import checked_drawings, parsed
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qmamba_cli.html import svg
@@ -132,6 +132,9 @@ def test_a_histogram_marks_what_is_clipped():
     log=st.booleans(),
     from_zero=st.booleans(),
 )
+# Their logarithms are rounded to whole numbers.
+@example(values=[999999999999.998], log=True, from_zero=False)
+@example(values=[math.nextafter(1000.0, 2000.0)], log=True, from_zero=False)
 def test_an_axis_holds_its_values_and_rises(values, log, from_zero):
     axis = scale(values, 10.0, 110.0, log=log, from_zero=from_zero)
     assert axis.low <= min(values) * (1 + 1e-9) and max(values) <= axis.high * (1 + 1e-9)

@@ -89,7 +89,8 @@ def _decades(values: Sequence[float]) -> tuple[float, float, tuple[float, ...]]:
         return 1.0, 10.0, (1.0, 10.0)
     first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     # Rounded to the digits that it is written with: 5 · 10^-3 is not 0.005 in floating point.
-    marks = [float(f"{step}e{power}") for power in range(first, last + 1) for step in (1, 2, 5)]
+    # One decade more below: a logarithm just under a whole number is rounded up to it.
+    marks = [float(f"{step}e{power}") for power in range(first - 1, last + 1) for step in (1, 2, 5)]
     low = max(mark for mark in marks if mark <= min(values))
     high = min((mark for mark in marks if mark >= max(values) and mark > low), default=10.0 ** (last + 1))
     if high / low <= _FEW_DECADES:
