@@ -17,7 +17,7 @@ help:
 	@echo 'make demo      calibrate, export and run every mode on the bundled model; ends in one table'
 	@echo 'make test      the tests'
 	@echo 'make check     lint, formats, types and the tests: what CI runs'
-	@echo 'make fuzz      the artifacts against 200 kills a stage and 20 000 mutations a reader; takes long'
+	@echo 'make fuzz      artifacts against 200 kills a stage and 20 000 mutations a reader, new random examples; takes long'
 	@echo 'make fix       format, and mend what the linter can'
 	@echo 'make test-gpu  the tests that need a GPU; fails if one of them was skipped'
 	@echo 'make sanitize  the GPU tests of the kernels under compute-sanitizer, memcheck and racecheck'
@@ -50,6 +50,7 @@ check: lint test
 # Random examples each time; what it finds is printed as a test of its own.
 fuzz: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/robustness --kills 200 --fuzz-examples 20000
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests -m hypothesis --hypothesis-profile=default
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

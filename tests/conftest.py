@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from random_models import random_checkpoint as make_random_checkpoint
 
 from qmamba_cli.errors import DeviceError
@@ -18,6 +19,11 @@ from qmamba_cli.kernels.backend import Backend, select_backend
 torch.set_num_threads(1)
 
 SEED = 20250
+
+
+# The same examples in every run; `make fuzz` looks for others.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
