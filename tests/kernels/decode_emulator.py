@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 COPIED = (
     "numerics.cuh",
     "decode_turn.cuh",
+    "carver.cuh",
     "decode_weights.cuh",
     "decode_parts.cuh",
     "decode_conv.cuh",

@@ -14,6 +14,16 @@ __device__ __forceinline__ void init_barrier(unsigned int barrier, int arrivals)
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+// Barriers of a ring of stages, made by one thread: a phase of `full` is one arrival with its copies, of `empty` so many
+// arrivals. The block meets before it uses them.
+template <int STAGES>
+__device__ __forceinline__ void make_ring(unsigned int full, unsigned int empty, int arrivals) {
+  for (int i = 0; i < STAGES; i++) {
+    init_barrier(full + 8 * i, 1);
+    init_barrier(empty + 8 * i, arrivals);
+  }
+  publish_barriers();
+}
 __device__ __forceinline__ void arrive(unsigned int barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }

@@ -1,4 +1,4 @@
-// int8 products of 32 or 64 tokens with weights in the decode kernels' order; include decode_ptx.cuh and
+// int8 products of 32 or 64 tokens with weights in the decode kernels' order; include carver.cuh, decode_ptx.cuh and
 // decode_weights.cuh first (which draws the pieces of a row).
 //
 // Parts of a block share the columns. Members of a part are warps that meet at its barrier: SHARES of 32 tokens by two

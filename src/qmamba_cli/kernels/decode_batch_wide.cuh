@@ -4,6 +4,16 @@
 #ifndef QM_DECODE_BATCH_WIDE_CUH
 #define QM_DECODE_BATCH_WIDE_CUH
 
+// A product's sums to shared memory as `run_product` says.
+template <bool BY_ROWS, typename Product>
+__device__ __forceinline__ void hand_over(const Product& product, int* partial) {
+  if (BY_ROWS) {
+    product.hand_over_rows(partial);
+  } else {
+    product.hand_over_tokens(partial);
+  }
+}
+
 #if QM_WIDE
 constexpr int WIDE_TOKENS = 64;
 constexpr int GROUP_WARPS = 4;
@@ -224,11 +234,7 @@ __device__ __forceinline__ void multiply_share(const Factors& factors, const Row
   }
   wait_for_copies();
   __syncthreads();
-  if (BY_ROWS) {
-    product.hand_over_rows(partial);
-  } else {
-    product.hand_over_tokens(partial);
-  }
+  hand_over<BY_ROWS>(product, partial);
 }
 
 // As `run_product`: parts share the units, and a part is four warps that multiply and one, behind them all, that asks.
@@ -302,11 +308,7 @@ __device__ __forceinline__ void run_product(const Factors& factors, const Rows& 
     product.multiply();
     wait_for_copies();
     __syncthreads();
-    if (BY_ROWS) {
-      product.hand_over_rows(partial);
-    } else {
-      product.hand_over_tokens(partial);
-    }
+    hand_over<BY_ROWS>(product, partial);
     __syncthreads();
   }
 }

@@ -6,17 +6,6 @@
 constexpr int WARP = 32;
 constexpr unsigned int ALL_LANES = 0xffffffffu;
 
-// Cuts the dynamic shared memory into arrays of whole 16 bytes.
-struct Carver {
-  unsigned char* next;
-  template <typename T>
-  __device__ __forceinline__ T* take(int count) {
-    T* start = reinterpret_cast<T*>(next);
-    next += (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
-    return start;
-  }
-};
-
 // A row between its last block and the head: the norm, then back to the basis of the tables. All but `row` lies in
 // shared memory.
 struct Way {

@@ -10,17 +10,6 @@ constexpr int IN_CONSTANTS = 8;
 // Vectors that a thread keeps in registers between the sum of squares and the product.
 constexpr int KEPT = 2;
 
-// Cuts the dynamic shared memory into arrays of whole 16 bytes; plan.py adds up the same sizes.
-struct Carver {
-  unsigned char* next;
-  template <typename T>
-  __device__ __forceinline__ T* take(int count) {
-    T* start = reinterpret_cast<T*>(next);
-    next += (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
-    return start;
-  }
-};
-
 // The token of an item among `tokens` times `each`; one token needs no division.
 __device__ __forceinline__ int token_of(int item, int each, int tokens) { return tokens == 1 ? 0 : item / each; }
 

@@ -29,6 +29,7 @@
 // Source   ours; the block is Gu and Dao, "Mamba" (2023), figure 3.
 #include "numerics.cuh"
 #include "overlap.cuh"
+#include "carver.cuh"
 #include "decode_ptx.cuh"
 #include "decode_turn.cuh"
 #include "decode_weights.cuh"

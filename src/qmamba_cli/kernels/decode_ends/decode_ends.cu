@@ -14,6 +14,7 @@
 #include "argmax_key.cuh"
 #include "hadamard.cuh"
 #include "overlap.cuh"
+#include "carver.cuh"
 #include "decode_ptx.cuh"
 #include "decode_ends_way.cuh"
 

@@ -156,13 +156,7 @@ __global__ void __cluster_dims__(PARTS, 1, 1) __launch_bounds__(THREADS, 1)
   Places at;
   at.full = shared_address(barriers), at.empty = at.full + 8 * C::STAGES;
   at.stages = (shared_address(shared) + 1023u) & ~1023u, at.sums = at.stages + C::STAGES * C::STAGE_BYTES;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < C::STAGES; i++) {
-      init_barrier(at.full + 8 * i, 1);
-      init_barrier(at.empty + 8 * i, WARPS);
-    }
-    publish_barriers();
-  }
+  if (threadIdx.x == 0) make_ring<C::STAGES>(at.full, at.empty, WARPS);
   __syncthreads();
   const int rank = PARTS == 1 ? 0 : cluster_rank(), first_token = blockIdx.x / PARTS * GROUP_TOKENS;
   Share share;

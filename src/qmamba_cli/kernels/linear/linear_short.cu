@@ -135,13 +135,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   Places at;
   at.full = shared_address(barriers), at.empty = at.full + 8 * S::COUNT;
   at.stages = (shared_address(shared) + 1023u) & ~1023u, at.scales = at.stages + S::COUNT * S::BYTES;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < S::COUNT; i++) {
-      init_barrier(at.full + 8 * i, 1);
-      init_barrier(at.empty + 8 * i, GROUPS * WARPS);
-    }
-    publish_barriers();
-  }
+  if (threadIdx.x == 0) make_ring<S::COUNT>(at.full, at.empty, GROUPS * WARPS);
   __syncthreads();
   const int part = blockIdx.x % parts, group = threadIdx.x / GROUP_THREADS, all = rows / BN;
   Share share;

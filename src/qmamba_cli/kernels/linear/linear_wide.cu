@@ -248,13 +248,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   __shared__ __align__(8) unsigned long long barriers[2 * T::STAGES];
   const unsigned int full = shared_address(barriers), empty = full + 8 * T::STAGES;
   const unsigned int stages = (shared_address(shared) + 1023u) & ~1023u;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < T::STAGES; i++) {
-      init_barrier(full + 8 * i, 1);
-      init_barrier(empty + 8 * i, 2 * GROUP_THREADS / 32);
-    }
-    publish_barriers();
-  }
+  if (threadIdx.x == 0) make_ring<T::STAGES>(full, empty, 2 * GROUP_THREADS / 32);
   __syncthreads();
   Shape s;
   s.tokens = tokens, s.rows = rows, s.steps = (k + BK - 1) / BK;
