@@ -3,23 +3,15 @@
 import pytest
 import torch
 from close import assert_exact
+from group_products import assert_replay_reads_new_tokens, on_hopper, operands, products
 
-from qmamba_cli.kernels.linear import cuda, narrow, reference
-from qmamba_cli.kernels.linear.int8_cuda import Epilogue, int8_linear
-from qmamba_cli.kernels.linear.operands import HOPPER
+from qmamba_cli.kernels.linear import narrow, reference
 
 # x_proj of the published models; then ragged shapes, and fewer stages than blocks of a cluster.
 MODELS = [(80, 1536), (96, 2048), (128, 3072), (160, 4096), (192, 5120)]
 RAGGED = [(65, 16, 512), (200, 176, 592), (1, 112, 528), (1000, 144, 640)]
 SHAPES = [*((1024, *shape) for shape in MODELS), *RAGGED]
 OTHERS = [(511, 192, 5120), (8192, 208, 5120), (8192, 200, 5120), (8192, 192, 5128), (8192, 192, 256)]
-
-
-def operands(tokens: int, rows: int, k: int, rng: torch.Generator):
-    """x as a part of wider rows, the weight, and its scales."""
-    x = torch.randint(-128, 128, (tokens, k + 32), dtype=torch.int8, generator=rng)[:, :k]
-    weight = torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=rng)
-    return x, weight, torch.rand(rows, generator=rng) * 1e-3 + 1e-4
 
 
 @pytest.mark.parametrize("tokens", [512, 1024, 1025, 1536, 2048, 4096, 8192, 9000, 16384])
@@ -43,27 +35,10 @@ def test_other_shapes_are_left_to_other_kernels(tokens, rows, k):
     assert narrow.narrow_plan(tokens, rows, k, 132) is None
 
 
-def products(x, weight, scale, out_scale):
-    """The outputs of each cluster, poisoned before, so that one that is never written shows."""
-    tokens, rows = x.shape[0], weight.shape[0]
-    codes = torch.empty(tokens, rows, dtype=torch.int8, device="cuda")
-    end = Epilogue(
-        weight_scale=scale.cuda(),
-        bias=None,
-        residual=None,
-        real=None,
-        codes=codes,
-        x_scale=0.02,
-        out_scale=out_scale,
-        split=0,
-    )
-    given = x.cuda(), weight.cuda()
+def every_plan(rows):
     blocks = max(2, -(-rows // 64))
     for parts in (1, 2, 4) if blocks == 2 else (1, 2, 3, 6):
-        codes.fill_(77)
-        plan = narrow.NarrowPlan(blocks=blocks, parts=parts)
-        int8_linear(*given, end, plan=plan)
-        yield plan.entry, codes.cpu()
+        yield narrow.NarrowPlan(blocks=blocks, parts=parts)
 
 
 @pytest.mark.gpu
@@ -71,16 +46,16 @@ def products(x, weight, scale, out_scale):
 def test_same_bits_as_the_reference(torch_rng, tokens, rows, k):
     x, weight, scale = operands(tokens, rows, k, torch_rng)
     expected = reference.linear(x, weight, x_scale=0.02, weight_scale=scale, out_scale=0.11)
-    if torch.cuda.get_device_capability() != HOPPER:
+    if not on_hopper():
         assert narrow.choose(x.cuda(), weight.cuda()) is None
         return
-    for entry, got in products(x, weight, scale, 0.11):
+    for entry, got in products(x, weight, scale, 0.11, every_plan(weight.shape[0])):
         assert_exact(entry, got, expected)
 
 
 @pytest.mark.gpu
 def test_the_largest_sums_are_exact():
-    if torch.cuda.get_device_capability() != HOPPER:
+    if not on_hopper():
         pytest.skip("needs a GPU of compute capability 9.0")
     # Up to 5120 times 2^14, more than 24 bits: the sums of all blocks are added before they become floats.
     x = torch.full((70, 5120), -128, dtype=torch.int8)
@@ -89,7 +64,7 @@ def test_the_largest_sums_are_exact():
     scale = torch.full((192,), 2.0**-20)
     expected = reference.linear(x, weight, x_scale=0.02, weight_scale=scale, out_scale=0.02)
     assert expected.unique().numel() > 100
-    for entry, got in products(x, weight, scale, 0.02):
+    for entry, got in products(x, weight, scale, 0.02, every_plan(weight.shape[0])):
         assert_exact(entry, got, expected)
 
 
@@ -97,16 +72,4 @@ def test_the_largest_sums_are_exact():
 @pytest.mark.graph
 def test_a_graph_s_replay_reads_new_tokens(torch_rng):
     x, weight, scale = operands(1024, 192, 2048, torch_rng)
-    wider = torch.zeros(1024, 2080, dtype=torch.int8, device="cuda")
-    part, moved, moved_scale = wider[:, :2048], weight.cuda(), scale.cuda()
-    given = {"x_scale": 0.02, "out_scale": 0.11}
-    hopper = torch.cuda.get_device_capability() == HOPPER
-    assert (narrow.choose(part, moved) is not None) == hopper
-    cuda.linear(part, moved, weight_scale=moved_scale, **given)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = cuda.linear(part, moved, weight_scale=moved_scale, **given)
-    part.copy_(x)
-    graph.replay()
-    expected = reference.linear(x, weight, weight_scale=scale, **given)
-    assert_exact("linear_narrow", got.cpu(), expected)
+    assert_replay_reads_new_tokens("linear_narrow", narrow.choose, x, weight, scale, 0.11)

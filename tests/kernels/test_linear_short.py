@@ -3,21 +3,13 @@
 import pytest
 import torch
 from close import assert_exact
+from group_products import assert_replay_reads_new_tokens, on_hopper, operands, products
 
 from qmamba_cli.kernels.linear import cuda, reference, short
-from qmamba_cli.kernels.linear.int8_cuda import Epilogue, int8_linear
-from qmamba_cli.kernels.linear.operands import HOPPER
 
 # dt_proj of the published models; then shares of unequal size, padded columns and ragged tokens.
 MODELS = [(1024, 1536, 48), (1024, 2048, 64), (1024, 3072, 96), (2048, 4096, 128), (1024, 5120, 160)]
 SHAPES = [*MODELS, (257, 640, 80), (300, 576, 16), (1000, 1152, 112), (8191, 512, 144)]
-
-
-def operands(tokens: int, rows: int, k: int, rng: torch.Generator):
-    """x as a part of wider rows, the weight, and its scales."""
-    x = torch.randint(-128, 128, (tokens, k + 32), dtype=torch.int8, generator=rng)[:, :k]
-    weight = torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=rng)
-    return x, weight, torch.rand(rows, generator=rng) * 1e-3 + 1e-4
 
 
 @pytest.mark.parametrize("tokens", [256, 1000, 1024, 2048, 8192, 65536])
@@ -43,30 +35,12 @@ def test_other_shapes_are_left_to_other_kernels(tokens, rows, k):
     assert short.short_plan(tokens, rows, k, 132) is None
 
 
-def products(x, weight, scale, out_scale):
-    """The outputs of each tile, poisoned before, so that one that is never written shows."""
-    tokens, k = x.shape
-    rows = weight.shape[0]
-    codes = torch.empty(tokens, rows, dtype=torch.int8, device="cuda")
-    end = Epilogue(
-        weight_scale=scale.cuda(),
-        bias=None,
-        residual=None,
-        real=None,
-        codes=codes,
-        x_scale=0.02,
-        out_scale=out_scale,
-        split=0,
-    )
-    given = x.cuda(), weight.cuda()
+def every_plan(rows, k):
     for groups, stage in ((4, 128), (2, 64)):
         if rows % stage:
             continue
         for parts in (1, 3):
-            codes.fill_(77)
-            plan = short.ShortPlan(steps=max(2, -(-k // 32)), groups=groups, rows=stage, parts=parts)
-            int8_linear(*given, end, plan=plan)
-            yield plan.entry, codes.cpu()
+            yield short.ShortPlan(steps=max(2, -(-k // 32)), groups=groups, rows=stage, parts=parts)
 
 
 @pytest.mark.gpu
@@ -74,16 +48,16 @@ def products(x, weight, scale, out_scale):
 def test_same_bits_as_the_reference(torch_rng, tokens, rows, k):
     x, weight, scale = operands(tokens, rows, k, torch_rng)
     expected = reference.linear(x, weight, x_scale=0.02, weight_scale=scale, out_scale=0.013)
-    if torch.cuda.get_device_capability() != HOPPER:
+    if not on_hopper():
         assert short.choose(x.cuda(), weight.cuda()) is None
         return
-    for entry, got in products(x, weight, scale, 0.013):
+    for entry, got in products(x, weight, scale, 0.013, every_plan(*weight.shape)):
         assert_exact(entry, got, expected)
 
 
 @pytest.mark.gpu
 def test_ends_of_the_grid_and_halves(torch_rng):
-    if torch.cuda.get_device_capability() != HOPPER:
+    if not on_hopper():
         pytest.skip("needs a GPU of compute capability 9.0")
     # Sums of 160 times -128 * -128 saturate; steps of a half are rounded to even.
     x = torch.full((256, 160), -128, dtype=torch.int8)
@@ -94,7 +68,7 @@ def test_ends_of_the_grid_and_halves(torch_rng):
     scale = torch.full((512,), 0.5)
     expected = reference.linear(x, weight, x_scale=0.02, weight_scale=scale, out_scale=0.02)
     assert {-128, 127} <= set(expected.unique().tolist())
-    for entry, got in products(x, weight, scale, 0.02):
+    for entry, got in products(x, weight, scale, 0.02, every_plan(*weight.shape)):
         assert_exact(entry, got, expected)
 
 
@@ -102,19 +76,7 @@ def test_ends_of_the_grid_and_halves(torch_rng):
 @pytest.mark.graph
 def test_a_graph_s_replay_reads_new_tokens(torch_rng):
     x, weight, scale = operands(512, 1024, 96, torch_rng)
-    wider = torch.zeros(512, 128, dtype=torch.int8, device="cuda")
-    part, moved, moved_scale = wider[:, :96], weight.cuda(), scale.cuda()
-    given = {"x_scale": 0.02, "out_scale": 0.013}
-    hopper = torch.cuda.get_device_capability() == HOPPER
-    assert (short.choose(part, moved) is not None) == hopper
-    cuda.linear(part, moved, weight_scale=moved_scale, **given)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = cuda.linear(part, moved, weight_scale=moved_scale, **given)
-    part.copy_(x)
-    graph.replay()
-    expected = reference.linear(x, weight, weight_scale=scale, **given)
-    assert_exact("linear_short", got.cpu(), expected)
+    assert_replay_reads_new_tokens("linear_short", short.choose, x, weight, scale, 0.013)
 
 
 @pytest.mark.gpu

@@ -10,9 +10,10 @@ from qmamba_cli.kernels import _launch
 from qmamba_cli.kernels.linear.operands import (
     ALIGNMENT,
     BLOCK_ROWS,
+    GROUP_TOKENS,
+    STAGE_ALIGNMENT,
     TILE_COLUMNS,
-    aligned,
-    is_hopper,
+    for_warp_groups,
     lane_tiles,
 )
 
@@ -26,13 +27,10 @@ ENTRIES: tuple[str, ...] = tuple(
 # multiprocessors have 16 or 18.
 _ROOM = {1: 1.0, 2: 1.0, 3: 0.887, 4: 0.91, 6: 0.773}
 
-_GROUP_TOKENS = 64
 _THREADS = 160
 _SHARED_STAGES = {2: 7, 3: 5}
 _MOST_STAGES = {2: 7, 3: 6}
 _SUM_BYTES = 4
-# Swizzled rows begin on such a boundary.
-_STAGE_ALIGNMENT = 1024
 # Below, a tile of Triton's does as well.
 _LEAST_TOKENS, _LEAST_COLUMNS = 512, 512
 
@@ -58,11 +56,11 @@ class NarrowPlan:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         rows = self.blocks * BLOCK_ROWS
-        stage = (_GROUP_TOKENS + rows) * TILE_COLUMNS
+        stage = (GROUP_TOKENS + rows) * TILE_COLUMNS
         if self.parts == 1:
-            return _MOST_STAGES[self.blocks] * stage + _STAGE_ALIGNMENT
-        sums = _GROUP_TOKENS * rows * _SUM_BYTES
-        return _SHARED_STAGES[self.blocks] * stage + sums + _STAGE_ALIGNMENT
+            return _MOST_STAGES[self.blocks] * stage + STAGE_ALIGNMENT
+        sums = GROUP_TOKENS * rows * _SUM_BYTES
+        return _SHARED_STAGES[self.blocks] * stage + sums + STAGE_ALIGNMENT
 
 
 @lru_cache(maxsize=1024)
@@ -85,7 +83,7 @@ def narrow_plan(tokens: int, rows: int, k: int, processors: int) -> NarrowPlan |
         return None
     if rows % ALIGNMENT or k % ALIGNMENT:
         return None
-    tiles = -(-tokens // _GROUP_TOKENS)
+    tiles = -(-tokens // GROUP_TOKENS)
     fitting = [parts for parts in _PARTS[blocks] if tiles * parts <= int(_ROOM[parts] * processors)]
     return NarrowPlan(blocks=blocks, parts=max(fitting, default=1))
 
@@ -97,11 +95,9 @@ def choose(x: torch.Tensor, weight: torch.Tensor) -> NarrowPlan | None:
         x: (tokens, k) int8, contiguous along k.
         weight: (rows, k) int8.
     """
+    if not for_warp_groups(x, weight):
+        return None
     (tokens, k), rows = x.shape, weight.shape[0]
-    if tokens < _LEAST_TOKENS or rows > max(_PARTS) * BLOCK_ROWS:
-        return None
-    if not (is_hopper(x.device.index or 0) and aligned(x, weight)):
-        return None
     return narrow_plan(tokens, rows, k, _launch.sm_count(x.device))
 
 
@@ -130,10 +126,10 @@ def narrow_product(
     _launch.launch(
         SOURCE,
         plan.entry,
-        grid=(-(-tokens // _GROUP_TOKENS) * plan.parts, 1, 1),
+        grid=(-(-tokens // GROUP_TOKENS) * plan.parts, 1, 1),
         block=(_THREADS, 1, 1),
         args=(
-            _launch.byte_tiles(x, _GROUP_TOKENS, TILE_COLUMNS),
+            _launch.byte_tiles(x, GROUP_TOKENS, TILE_COLUMNS),
             lane_tiles(weight),
             weight_scale,
             codes,

@@ -20,6 +20,10 @@ HOPPER = (9, 0)
 # Of `lane_tiles`, as linear_sixteens.cuh has them.
 BLOCK_ROWS, TILE_COLUMNS = 64, 128
 LANE_ROWS = 16
+# Tokens of a warp group.
+GROUP_TOKENS = 64
+# Of shared memory: where the rows of a swizzled tile begin.
+STAGE_ALIGNMENT = 1024
 _EXPAND_THREADS = 256
 # Codes that one thread of `expand_int4` expands.
 _EXPAND_COLUMNS = 32
@@ -48,6 +52,11 @@ def aligned(x: torch.Tensor, weight: torch.Tensor | PackedInt4) -> bool:
 def is_hopper(device_index: int) -> bool:
     """Whether a GPU has the instructions of the kernels for Hopper."""
     return torch.cuda.get_device_capability(device_index) == HOPPER
+
+
+def for_warp_groups(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernels for Hopper can take these operands, whatever their sizes."""
+    return is_hopper(x.device.index or 0) and aligned(x, weight)
 
 
 def lane_tiles(weight: torch.Tensor) -> bytes:

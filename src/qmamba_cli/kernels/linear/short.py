@@ -7,7 +7,14 @@ import numpy as np
 import torch
 
 from qmamba_cli.kernels import _launch
-from qmamba_cli.kernels.linear.operands import ALIGNMENT, TILE_COLUMNS, aligned, is_hopper, lane_tiles
+from qmamba_cli.kernels.linear.operands import (
+    ALIGNMENT,
+    GROUP_TOKENS,
+    STAGE_ALIGNMENT,
+    TILE_COLUMNS,
+    for_warp_groups,
+    lane_tiles,
+)
 
 SOURCE = "linear/linear_short.cu"
 # Steps of 32 columns, which are registers of a lane.
@@ -19,12 +26,9 @@ ENTRIES: tuple[str, ...] = tuple(
     f"linear_short<{steps}, {groups}, {rows}>" for steps in _STEPS for groups, rows in _TILES
 )
 
-_GROUP_TOKENS = 64
 _THREADS = 640
 _STAGES = 6
 _SCALE_BYTES = 4
-# Swizzled rows begin on such a boundary.
-_STAGE_ALIGNMENT = 1024
 _LEAST_TOKENS, _LEAST_ROWS = 256, 512
 
 
@@ -52,13 +56,13 @@ class ShortPlan:
     @property
     def tokens(self) -> int:
         """Tokens of a block."""
-        return _GROUP_TOKENS * self.groups
+        return GROUP_TOKENS * self.groups
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         columns = _launch.round_up(self.steps * _STEP_COLUMNS, TILE_COLUMNS)
-        return _STAGES * self.rows * (columns + _SCALE_BYTES) + _STAGE_ALIGNMENT
+        return _STAGES * self.rows * (columns + _SCALE_BYTES) + STAGE_ALIGNMENT
 
 
 @lru_cache(maxsize=1024)
@@ -83,7 +87,7 @@ def short_plan(tokens: int, rows: int, k: int, processors: int) -> ShortPlan | N
     for groups, stage in _TILES:
         if rows % stage:
             continue
-        down = -(-tokens // (_GROUP_TOKENS * groups))
+        down = -(-tokens // (GROUP_TOKENS * groups))
         parts = max(1, min(processors // down, rows // stage))
         plan = ShortPlan(steps=steps, groups=groups, rows=stage, parts=parts)
         rounds = -(-down * parts // processors)
@@ -100,11 +104,9 @@ def choose(x: torch.Tensor, weight: torch.Tensor) -> ShortPlan | None:
         x: (tokens, k) int8, contiguous along k.
         weight: (rows, k) int8.
     """
+    if not for_warp_groups(x, weight):
+        return None
     (tokens, k), rows = x.shape, weight.shape[0]
-    if tokens < _LEAST_TOKENS or k > _STEPS[-1] * _STEP_COLUMNS:
-        return None
-    if not (is_hopper(x.device.index or 0) and aligned(x, weight)):
-        return None
     return short_plan(tokens, rows, k, _launch.sm_count(x.device))
 
 

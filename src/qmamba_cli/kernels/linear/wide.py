@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from qmamba_cli.kernels import _launch
-from qmamba_cli.kernels.linear.operands import ALIGNMENT, aligned, is_hopper, lane_tiles
+from qmamba_cli.kernels.linear.operands import ALIGNMENT, STAGE_ALIGNMENT, for_warp_groups, lane_tiles
 
 SOURCE = "linear/linear_wide.cu"
 # Rows of a tile, with the stages that fit, and with its time beside that of 256 rows, by the row, on an H200.
@@ -28,8 +28,6 @@ ENTRIES: tuple[str, ...] = (
 
 _TILE_TOKENS, _STEP_COLUMNS = 128, 128
 _THREADS = 384
-# Swizzled rows begin on such a boundary.
-_STAGE_ALIGNMENT = 1024
 # Below these most of a tile is padding, or its epilogue is longer than its product.
 _LEAST_TOKENS, _LEAST_ROWS, _LEAST_COLUMNS = 256, 1024, 512
 # Share of the multiprocessors that one round of large tiles must keep busy.
@@ -59,7 +57,7 @@ class WidePlan:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
-        return _TILE_ROWS[self.rows] * (_TILE_TOKENS + self.rows) * _STEP_COLUMNS + _STAGE_ALIGNMENT
+        return _TILE_ROWS[self.rows] * (_TILE_TOKENS + self.rows) * _STEP_COLUMNS + STAGE_ALIGNMENT
 
 
 @lru_cache(maxsize=1024)
@@ -106,7 +104,7 @@ def choose(x: torch.Tensor, weight: torch.Tensor, split: int) -> WidePlan | None
     tokens, k = x.shape
     if tokens < _LEAST_TOKENS or weight.shape[0] < _LEAST_ROWS or k < _LEAST_COLUMNS:
         return None
-    if not (is_hopper(x.device.index or 0) and k % ALIGNMENT == 0 and aligned(x, weight)):
+    if k % ALIGNMENT or not for_warp_groups(x, weight):
         return None
     rows = weight.shape[0]
     return wide_plan(tokens, rows, _launch.sm_count(x.device), real=split == rows)
