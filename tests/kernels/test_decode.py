@@ -54,11 +54,18 @@ def residual_of(batch: int, d_model: int, seed: int = 11) -> torch.Tensor:
 
 
 def emulated(emulator, blocks, columns, residual, states, changed=None, tokens=1, scales=SCALES, **options):
-    """Residual and states after some tokens of a model of ``blocks``, from buffers that hold NaN."""
+    """`emulate` of packed ``blocks``, each of which leaves a whole residual."""
     packed = [pack_block(tensors, scales, columns, norm_eps=EPSILON) for tensors in blocks]
-    batch = residual.shape[0]
-    chosen = dataclasses.replace(plan.make_plan(packed[0], batch, **options), **(changed or {}))
-    scratch = new_scratch(packed[0], batch, chosen)
+    chosen = dataclasses.replace(plan.make_plan(packed[0], residual.shape[0], **options), **(changed or {}))
+    return emulate(emulator, packed, residual, states, chosen, tokens, chained=False)
+
+
+def emulate(emulator, packed, residual, states, chosen, tokens, *, chained):
+    """Residual and states after some tokens of a model, from buffers that hold NaN.
+
+    ``chained``: a block may leave a part of its residual for the next one.
+    """
+    scratch = new_scratch(packed[0], residual.shape[0], chosen)
     for field in dataclasses.fields(scratch):
         tensor = getattr(scratch, field.name)
         if tensor is not None and tensor.is_floating_point():
@@ -66,8 +73,11 @@ def emulated(emulator, blocks, columns, residual, states, changed=None, tokens=1
     residual, states = residual.clone(), [to_device(state, "cpu") for state in states]
     for _ in range(tokens):
         for layer, (block, state) in enumerate(zip(packed, states, strict=True)):
-            emulator.run(steps(block, residual, state, scratch, chosen, layer=layer))
+            after = packed[layer - 1] if chained and layer else None
+            last = not chained or layer == len(packed) - 1
+            emulator.run(steps(block, residual, state, scratch, chosen, layer=layer, after=after, last=last))
             assert not scratch.x_sums.any(), "the sums must be clear for the next block"
+        assert scratch.out_sums is None or not scratch.out_sums.any(), "and these for the next token"
     return residual, states
 
 

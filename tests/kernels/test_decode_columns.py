@@ -1,17 +1,16 @@
 """out_proj of one token by columns: the bits of out_proj by rows, on the emulator; how it is launched."""
 
 import dataclasses
-import math
 
 import pytest
 from close import assert_exact
 from decode_emulator import Emulator
-from test_decode import COLUMNS, EPSILON, SHAPES, SMALL, packed_like, residual_of
+from test_decode import COLUMNS, EPSILON, SHAPES, SMALL, emulate, packed_like, residual_of
 
 from qmamba_cli.errors import ShapeError
 from qmamba_cli.kernels.decode import plan
 from qmamba_cli.kernels.decode.pack import pack_block
-from qmamba_cli.kernels.decode.samples import SCALES, random_block, random_state, to_device
+from qmamba_cli.kernels.decode.samples import SCALES, random_block, random_state
 from qmamba_cli.kernels.decode.scratch import new_scratch
 from qmamba_cli.kernels.decode.steps import steps
 
@@ -21,23 +20,6 @@ LAYERS, TOKENS = 3, 2
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
     return Emulator(tmp_path_factory.mktemp("decode"))
-
-
-def emulated(emulator, packed, states, before, chosen):
-    """Residual and states after two tokens of a model, from buffers that hold NaN."""
-    scratch = new_scratch(packed[0], 1, chosen)
-    for field in dataclasses.fields(scratch):
-        tensor = getattr(scratch, field.name)
-        if tensor is not None and tensor.is_floating_point():
-            tensor.fill_(math.nan)
-    residual, states = before.clone(), [to_device(state, "cpu") for state in states]
-    for _ in range(TOKENS):
-        for layer, (block, state) in enumerate(zip(packed, states, strict=True)):
-            after, last = packed[layer - 1] if layer else None, layer == len(packed) - 1
-            emulator.run(steps(block, residual, state, scratch, chosen, layer=layer, after=after, last=last))
-            assert not scratch.x_sums.any(), "the sums must be clear for the next block"
-        assert scratch.out_sums is None or not scratch.out_sums.any(), "and these for the next token"
-    return residual, states
 
 
 CASES = {
@@ -78,11 +60,11 @@ def test_columns_give_the_bits_of_rows(emulator, mode, sizes, options, changed):
     ]
     before = residual_of(1, sizes["d_model"])
     rows = plan.make_plan(packed[0], 1, columns=False)
-    expected, expected_states = emulated(emulator, packed, states, before, rows)
+    expected, expected_states = emulate(emulator, packed, before, states, rows, TOKENS, chained=True)
     chosen = plan.by_columns(rows, packed[0], **options)
     room = changed.pop("room", chosen.columns.room)
     chosen = dataclasses.replace(chosen, columns=dataclasses.replace(chosen.columns, room=room), **changed)
-    got, got_states = emulated(emulator, packed, states, before, chosen)
+    got, got_states = emulate(emulator, packed, before, states, chosen, TOKENS, chained=True)
     assert_exact("residual", got, expected)
     for got_state, state in zip(got_states, expected_states, strict=True):
         assert_exact("conv", got_state.conv.values, state.conv.values)

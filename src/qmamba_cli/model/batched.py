@@ -17,14 +17,14 @@ from qmamba_cli.kernels.decode_batch.tensors import (
     new_state,
 )
 from qmamba_cli.model import fused
-from qmamba_cli.model.ends import step_ends
+from qmamba_cli.model.ends import BetweenEnds
 from qmamba_cli.model.mamba import Mamba, ModelState
 
 # One token through every block: (b, d_model) float32 residual and states, both updated in place.
 BatchStep: TypeAlias = Callable[[torch.Tensor, Sequence[BatchState]], None]
 
 
-class BatchedStepper:
+class BatchedStepper(BetweenEnds):
     """A `decode.Stepper` of blocks whose state lies in the order of their kernels.
 
     Args:
@@ -34,7 +34,7 @@ class BatchedStepper:
     """
 
     def __init__(self, model: Mamba, states: Sequence[BatchState], step: BatchStep) -> None:
-        self._ends = step_ends(model)
+        super().__init__(model)
         self._states = states
         self._step = step
 
@@ -43,18 +43,8 @@ class BatchedStepper:
         for to, layer in zip(self._states, state, strict=True):
             load_state(to, DecodeState(*layer))
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Every block on one residual, then norm and head."""
-        return self._ends.logits(self._residual(tokens))
-
-    def choose(self, tokens: torch.Tensor, vocab_size: int | None) -> None:
-        """The same, and the largest."""
-        self._ends.choose(self._residual(tokens), tokens, vocab_size)
-
-    def _residual(self, tokens: torch.Tensor) -> torch.Tensor:
-        residual = self._ends.begin(tokens)
+    def _run(self, residual: torch.Tensor) -> None:
         self._step(residual, self._states)
-        return residual
 
 
 def unsupported(model: Mamba, batch: int) -> str | None:

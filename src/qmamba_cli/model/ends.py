@@ -1,5 +1,6 @@
 """The two ends of a decode step: tokens to the residual, and the residual behind the last block to tokens."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -106,3 +107,31 @@ def step_ends(model: Mamba) -> Ends:
 def most_likely(model: Mamba, logits: torch.Tensor, tokens: torch.Tensor, vocab_size: int | None) -> None:
     """Write the place of each row's largest logit below ``vocab_size`` into (b, 1) tokens."""
     tokens.copy_(model.backend.argmax(logits[:, :vocab_size].float()).unsqueeze(1))
+
+
+class BetweenEnds(ABC):
+    """What a `decode.Stepper` does with tokens where its blocks take one residual.
+
+    Args:
+        model: embedding, final norm, head and epsilon come from here.
+    """
+
+    def __init__(self, model: Mamba) -> None:
+        self._ends = step_ends(model)
+
+    @abstractmethod
+    def _run(self, residual: torch.Tensor) -> None:
+        """Every block, in place."""
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Every block on one residual, then norm and head."""
+        return self._ends.logits(self._residual(tokens))
+
+    def choose(self, tokens: torch.Tensor, vocab_size: int | None) -> None:
+        """The same, and the largest."""
+        self._ends.choose(self._residual(tokens), tokens, vocab_size)
+
+    def _residual(self, tokens: torch.Tensor) -> torch.Tensor:
+        residual = self._ends.begin(tokens)
+        self._run(residual)
+        return residual

@@ -18,7 +18,7 @@ from qmamba_cli.kernels.decode.tensors import (
 )
 from qmamba_cli.kernels.linear.interleaved import Interleaved
 from qmamba_cli.kernels.linear.packed import PackedInt4
-from qmamba_cli.model.ends import step_ends
+from qmamba_cli.model.ends import BetweenEnds
 from qmamba_cli.model.mamba import Mamba, ModelState
 from qmamba_cli.model.state import assign
 from qmamba_cli.model.weights import BlockWeights, LinearWeights
@@ -30,7 +30,7 @@ from qmamba_cli.quant.weights import GroupQuantized, RowQuantized
 FusedBlock: TypeAlias = Callable[[torch.Tensor, DecodeState], None]
 
 
-class FusedStepper:
+class FusedStepper(BetweenEnds):
     """A `decode.Stepper` of fused blocks.
 
     Args:
@@ -39,7 +39,7 @@ class FusedStepper:
     """
 
     def __init__(self, model: Mamba, blocks: Sequence[FusedBlock]) -> None:
-        self._ends = step_ends(model)
+        super().__init__(model)
         self._blocks = blocks
         self._state: ModelState | None = None
         self._in_place: Sequence[DecodeState] = ()
@@ -52,19 +52,9 @@ class FusedStepper:
         else:
             assign(self._state, state)
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Every block on one residual, then norm and head."""
-        return self._ends.logits(self._residual(tokens))
-
-    def choose(self, tokens: torch.Tensor, vocab_size: int | None) -> None:
-        """The same, and the largest."""
-        self._ends.choose(self._residual(tokens), tokens, vocab_size)
-
-    def _residual(self, tokens: torch.Tensor) -> torch.Tensor:
-        residual = self._ends.begin(tokens)
+    def _run(self, residual: torch.Tensor) -> None:
         for block, state in zip(self._blocks, self._in_place, strict=True):
             block(residual, state)
-        return residual
 
 
 def unsupported(model: Mamba, batch: int) -> str | None:

@@ -82,11 +82,13 @@ def steps(
     if packed.columns.dynamic_input != (scratch.x_absmax is not None):
         raise ShapeError("decode: `scratch` is for another conv input")
     handed_on = packed.columns.dynamic_input and not plan.meet
-    if handed_on != (scratch.x is not None):
-        raise ShapeError("decode: `scratch` is for another plan")
-    if plan.rotate_in_out != (scratch.codes is None) or plan.shared_squares != (scratch.squares is not None):
-        raise ShapeError("decode: `scratch` is for another plan")
-    if (plan.columns is not None) != (scratch.out_sums is not None):
+    wanted = (
+        (scratch.x, handed_on),
+        (scratch.codes, not plan.rotate_in_out),
+        (scratch.squares, plan.shared_squares),
+        (scratch.out_sums, plan.columns is not None),
+    )
+    if any((buffer is not None) != needed for buffer, needed in wanted):
         raise ShapeError("decode: `scratch` is for another plan")
     kernels = [name for name in COUNTERS if name not in _left_out(packed, plan)]
     blocks = {name: BLOCKS for name in kernels} | {"decode_rotate": -(-packed.hk // ROTATE_WIDTH) * batch}
